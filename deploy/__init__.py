@@ -1,0 +1,1 @@
+"""How it runs: the command line and the one-machine supervisor, which also plays the cloud."""

@@ -1,0 +1,1 @@
+"""The engine backends behind one seam, a pipeline."""

@@ -1,0 +1,1 @@
+"""Who holds which weights and KV, and how they travel."""

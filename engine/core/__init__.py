@@ -1,0 +1,1 @@
+"""Pure decisions of the engine: no clock, no I/O, no torch."""

@@ -1,0 +1,239 @@
+"""Wire types and NATS subjects that the engine owns: requests in, the token log out. Imports msgspec only.
+
+Engines see and return token ids only. A response is a fold over its token log; a log entry is accepted by index:
+a repeat is dropped, a gap is asked for again (`ResendRequest`), an older attempt is fenced off.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from planner.protocol import Message, Wire
+
+
+class SamplingParams(Wire, frozen=True, kw_only=True):
+    """How the next token is chosen. Order: bans -> temperature -> top_k -> top_p -> min_p -> draw.
+
+    The draw at (seed, choice, index) depends on nothing else.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """Below 1e-5: greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    min_p: float = 0.0
+    seed: int = 0
+    """Always set: the gateway draws one where the client gave none."""
+    ignore_eos: bool = False
+    eos_token_ids: list[int] = []
+    stop_token_ids: list[int] = []
+
+
+class KvHolder(Wire, frozen=True, kw_only=True):
+    """A rank that holds the KV of a sequence for a rectangle of (decoder layer, head group)."""
+
+    rank: str
+    context_address: str
+    first_layer: int
+    last_layer: int
+    first_group: int
+    last_group: int
+
+
+class KvSource(Wire, frozen=True, kw_only=True):
+    """Where the KV of an interrupted sequence lies: its first `num_tokens` tokens, in pipeline `pipeline`."""
+
+    pipeline: str
+    num_tokens: int
+    holders: list[KvHolder]
+    deadline_s: float | None = None
+    """When the first of the holders goes away."""
+
+
+class GenerateRequest(Message, frozen=True, kw_only=True):
+    """`pipeline.<id>.submit`, request/reply (`SubmitReply`); one choice of one client request.
+
+    With `committed_ids` it resumes: the engine goes on after them, and the first index it returns is
+    `len(committed_ids)`. With `kv_source` it may pull the KV instead of computing it again.
+    """
+
+    request_id: str
+    choice: int = 0
+    attempt: int = 0
+    gateway: str
+    prompt_ids: list[int]
+    committed_ids: list[int] = []
+    sampling: SamplingParams
+    kv_source: KvSource | None = None
+    deadline_s: float | None = None
+    """The client's; the engine drops the sequence when it has passed."""
+
+
+class RejectReason(StrEnum):
+    NOT_LEADER = "not_leader"
+    """The pipeline is not running here (any more)."""
+    DRAINING = "draining"
+    FULL = "full"
+    TOO_LONG = "too_long"
+    INVALID = "invalid"
+
+
+class SubmitReply(Message, frozen=True, kw_only=True):
+    accepted: bool
+    reason: RejectReason | None = None
+    detail: str = ""
+
+
+class CancelRequest(Message, frozen=True, kw_only=True):
+    """`pipeline.<id>.cancel`: all choices of a request; no reply."""
+
+    request_id: str
+
+
+class ResendRequest(Message, frozen=True, kw_only=True):
+    """`pipeline.<id>.resend`, request/reply: the entry of (request, choice) from `from_index` on."""
+
+    request_id: str
+    choice: int
+    from_index: int
+
+
+class ResendReply(Message, frozen=True, kw_only=True):
+    """`entry` is None if the pipeline does not know the sequence (any more)."""
+
+    entry: TokenEntry | None
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    """EOS or a stop token id; that token is the last of `ids`."""
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class Interruption(Wire, frozen=True, kw_only=True):
+    """The sequence was stopped at a token boundary and waits to be resumed elsewhere by its gateway."""
+
+    reason: str
+    kv_source: KvSource | None = None
+
+
+class ResumeStats(Wire, frozen=True, kw_only=True):
+    """How a resumed sequence got its KV; in the first entry after a resume."""
+
+    pulled_tokens: int = 0
+    recomputed_tokens: int = 0
+    """Of the tokens that had been computed before the interruption (prompt and committed)."""
+    pull_s: float = 0.0
+    waited_s: float = 0.0
+    """From submission until the first new token."""
+
+
+class TokenEntry(Wire, frozen=True, kw_only=True):
+    """New tokens of one sequence: `ids[0]` has index `index` (0 = first generated token of the choice)."""
+
+    request_id: str
+    choice: int
+    attempt: int
+    index: int
+    ids: list[int]
+    finish: FinishReason | None = None
+    error: str | None = None
+    interruption: Interruption | None = None
+    resume: ResumeStats | None = None
+    cached_tokens: int = 0
+
+
+class TokenFrame(Message, frozen=True, kw_only=True):
+    """`tokens.<gateway>.<pipeline>`: everything that one step committed for one gateway."""
+
+    pipeline: str
+    epoch: int
+    entries: list[TokenEntry]
+
+
+class PipelineState(Message, frozen=True, kw_only=True):
+    """`pipeline.<id>.state`: at least once a second while it lives, and on change (at most 20 a second)."""
+
+    pipeline: str
+    epoch: int
+    ready: bool
+    draining: bool
+    running: int
+    """Sequences with KV."""
+    waiting: int
+    free_slots: int
+    """Sequences it would take now."""
+    total_kv_blocks: int
+    free_kv_blocks: int
+    deadline_s: float | None = None
+    """When the first of its instances goes away, if one is under notice."""
+    parked: int = 0
+    """Interrupted sequences whose KV it still holds for others to pull."""
+
+
+class PullRequest(Message, frozen=True, kw_only=True):
+    """`rank.<rank>.pull`, request/reply (`PullReply`): leader -> each rank of its pipeline.
+
+    Pull the KV of a sequence from its holders into `blocks` of the KV pool of `pipeline`.
+    """
+
+    pipeline: str
+    request_id: str
+    choice: int
+    source: KvSource
+    blocks: list[int]
+
+
+class PullReply(Message, frozen=True, kw_only=True):
+    ok: bool
+    pulled_bytes: int = 0
+    local_bytes: int = 0
+    detail: str = ""
+
+
+class ReleaseKv(Message, frozen=True, kw_only=True):
+    """`rank.<rank>.release`: the KV of an interrupted sequence was taken over, or is not wanted."""
+
+    pipeline: str
+    request_id: str
+    choice: int
+
+
+class EngineSubjects:
+    """NATS names under one prefix; see `PlannerSubjects` for the prefix."""
+
+    def __init__(self, model: str) -> None:
+        self.prefix = f"spotserve.{model}"
+        self.all_states = f"{self.prefix}.pipeline.*.state"
+        self.all_tokens = f"{self.prefix}.tokens.>"
+        self.token_stream = f"spotserve-{model}-tokens"
+        """JetStream stream over `all_tokens`: the commit log."""
+
+    def submit(self, pipeline: str) -> str:
+        return f"{self.prefix}.pipeline.{pipeline}.submit"
+
+    def cancel(self, pipeline: str) -> str:
+        return f"{self.prefix}.pipeline.{pipeline}.cancel"
+
+    def resend(self, pipeline: str) -> str:
+        return f"{self.prefix}.pipeline.{pipeline}.resend"
+
+    def state(self, pipeline: str) -> str:
+        return f"{self.prefix}.pipeline.{pipeline}.state"
+
+    def tokens(self, gateway: str, pipeline: str) -> str:
+        return f"{self.prefix}.tokens.{gateway}.{pipeline}"
+
+    def all_tokens_of(self, gateway: str) -> str:
+        return f"{self.prefix}.tokens.{gateway}.*"
+
+    def pull(self, rank: str) -> str:
+        return f"{self.prefix}.rank.{rank}.pull"
+
+    def release(self, rank: str) -> str:
+        return f"{self.prefix}.rank.{rank}.release"

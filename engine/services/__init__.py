@@ -1,0 +1,1 @@
+"""The processes of an instance: agent and rank."""

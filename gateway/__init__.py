@@ -1,0 +1,1 @@
+"""The OpenAI-compatible front door: HTTP in, requests to pipelines, token log folded into responses."""

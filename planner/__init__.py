@@ -1,0 +1,1 @@
+"""Hears capacity and load on NATS, and publishes the plan: parallel configuration and migration."""
