@@ -49,6 +49,8 @@ class KvSource(Wire, frozen=True, kw_only=True):
     pipeline: str
     num_tokens: int
     holders: list[KvHolder]
+    blocks: list[int] = []
+    """Its block table there (the same on every rank of that pipeline)."""
     deadline_s: float | None = None
     """When the first of the holders goes away."""
 

@@ -19,14 +19,14 @@ import msgspec
 SCHEMA_VERSION: Final = 1
 EMBEDDING_LAYER: Final = -1
 
-type_tag = "type"
+TAG_FIELD: Final = "type"
 
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of every message and of every part of one."""
 
 
-class Message(Wire, frozen=True, kw_only=True, tag=True, tag_field=type_tag):
+class Message(Wire, frozen=True, kw_only=True, tag=True, tag_field=TAG_FIELD):
     """Base of a message that travels on its own; its class name is its tag on the wire."""
 
 

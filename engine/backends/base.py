@@ -1,0 +1,133 @@
+"""The seam behind which an engine backend stands: a pipeline, and the context that it lives on.
+
+The seam is a pipeline and not a rank, because some engines own their ranks and scheduler. A backend lives in one rank
+process. It prepares a position while another pipeline still serves, starts it, and tells its `PipelineEvents` what
+happens. Methods are called from the event loop's thread; events may come from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.core.roles import Position, Unit
+from engine.protocol import GenerateRequest, KvSource, PullReply, PullRequest, SubmitReply, TokenEntry
+from planner.protocol import ModelShape, StepProfile, Transfer
+
+
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A leader's load, as it stands after its last step."""
+
+    running: int = 0
+    waiting: int = 0
+    parked: int = 0
+    free_slots: int = 0
+    total_kv_blocks: int = 0
+    free_kv_blocks: int = 0
+    kv_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareReport:
+    """What it took to prepare a position."""
+
+    pulled_bytes: int = 0
+    disk_bytes: int = 0
+    pull_s: float = 0.0
+    regroup_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PullOrder:
+    """The leader wants the KV of a sequence pulled by every rank of its pipeline, into `blocks`."""
+
+    request_id: str
+    choice: int
+    source: KvSource
+    blocks: list[int]
+
+
+class PipelineEvents(Protocol):
+    """What a running pipeline tells the rank that runs a part of it."""
+
+    def on_ready(self, pipeline: str) -> None:
+        """Leader only: all members answer; requests are taken."""
+
+    def on_entries(self, pipeline: str, entries: list[tuple[str, TokenEntry]]) -> None:
+        """Leader only: (gateway, entry) of everything that one step committed."""
+
+    def on_pull(self, pipeline: str, order: PullOrder) -> None:
+        """Leader only: pull, then call `RunningPipeline.pull_done`."""
+
+    def on_stopped(self, pipeline: str, num_parked: int) -> None:
+        """It was arranged: the last token is committed; KV of `num_parked` sequences stays until released."""
+
+    def on_broken(self, pipeline: str, cause: str) -> None:
+        """A member died, or it was aborted."""
+
+
+class RunningPipeline(Protocol):
+    """One rank's part of a started pipeline. Only the leader's part takes requests."""
+
+    async def submit(self, request: GenerateRequest, traceparent: str | None) -> SubmitReply: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    async def resend(self, request_id: str, choice: int, from_index: int) -> TokenEntry | None: ...
+
+    def pull_done(self, request_id: str, choice: int, *, ok: bool, pull_s: float) -> None: ...
+
+    def arrange(self, deadline_s: float | None, migration_s: float) -> None:
+        """Stop at a token boundary, as late as the deadline allows (None: at the next one)."""
+
+    def abort(self, cause: str) -> None:
+        """Give up at once, also when a peer never answers."""
+
+    def snapshot(self) -> Snapshot: ...
+
+
+class Backend(Protocol):
+    """A rank's context and its pipelines."""
+
+    @property
+    def model(self) -> ModelShape: ...
+
+    def profile(self) -> StepProfile:
+        """Step times of this device; blocking."""
+
+    def units(self) -> set[Unit]:
+        """Weight units held."""
+
+    async def prepare(self, position: Position, transfers: list[Transfer]) -> PrepareReport:
+        """Get the units that the position lacks (holders, else disk) and form its process groups.
+
+        Raises:
+            EngineError: it cannot be prepared; says why.
+        """
+
+    def discard(self, pipeline: str) -> None:
+        """Forget a prepared (or preparing) pipeline."""
+
+    def start(self, pipeline: str, events: PipelineEvents) -> RunningPipeline:
+        """Run a prepared position; units that it does not need are freed."""
+
+    async def pull_kv(self, request: PullRequest) -> PullReply:
+        """Pull the KV of one sequence, as far as this rank's position needs it."""
+
+    def release_kv(self, pipeline: str, request_id: str, choice: int) -> None:
+        """The KV of an interrupted sequence is not wanted any more."""
+
+    def release_pipeline(self, pipeline: str) -> None:
+        """Free all KV of a stopped pipeline."""
+
+    def export_units(self, units: Iterable[Unit]) -> Iterable[bytes]: ...
+
+    def export_kv(
+        self, pipeline: str, layer: int, group: int, blocks: list[int], num_tokens: int
+    ) -> bytes: ...
+
+    def close(self) -> None: ...

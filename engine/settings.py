@@ -1,0 +1,102 @@
+"""Settings of an engine instance; only `__main__` reads the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+import msgspec
+
+from engine.errors import SettingError
+from planner.protocol import Market
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+DeviceName = Literal["cpu", "cuda"]
+Reduction = Literal["fast", "fixed"]
+
+PREFIX = "SPOTSERVE_ENGINE_"
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance and its ranks. Variables are `SPOTSERVE_ENGINE_<FIELD>`."""
+
+    nats_url: str
+    model: str
+    """Slug of the model: the prefix of all subjects."""
+    model_dir: Path
+    instance: str
+    market: Market = Market.SPOT
+    num_ranks: int = 1
+    host: str = "127.0.0.1"
+    """Address on which the other instances reach this one."""
+    dtype: DtypeName = "float32"
+    device: DeviceName = "cpu"
+    reduction: Reduction = "fast"
+    """`fixed`: bit-identical results for every shape and batch, at some cost in speed."""
+    max_model_len: int | None = None
+    """None: what the model's config.json says."""
+    kv_block_tokens: int = 16
+    max_step_tokens: int = 256
+    """Rows of one step: a long prompt is prefilled in chunks of at most this size."""
+    rank_memory_bytes: int | None = None
+    """For weights and KV of one rank. None: an equal share of what is free at start."""
+    num_threads: int = 1
+    """Compute threads of a rank. On a busy CPU two are many times slower than one."""
+    cache_dir: Path = Path("~/.cache/spotserve")
+    arrange_margin_s: float = 2.0
+    """A pipeline under notice stops this long before it would have to, in case the estimate is wrong."""
+    parked_kv_s: float = 60.0
+    """How long the KV of interrupted sequences is kept for others to pull."""
+    log_level: str = "INFO"
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> EngineSettings:
+        """Settings from `SPOTSERVE_ENGINE_*`.
+
+        Raises:
+            SettingError: a variable is missing, malformed or out of range.
+        """
+        given = {
+            name: environ[PREFIX + name.upper()]
+            for name in cls.__struct_fields__
+            if environ.get(PREFIX + name.upper())
+        }
+        for name in ("nats_url", "model", "model_dir", "instance"):
+            if name not in given:
+                raise SettingError(PREFIX + name.upper(), "is not set")
+        for name, value in given.items():
+            _check_field(cls, name, value)
+        settings = msgspec.convert(given, cls, strict=False, dec_hook=_decode)
+        settings._validate()
+        return settings
+
+    def _validate(self) -> None:
+        for name in ("num_ranks", "kv_block_tokens", "max_step_tokens", "num_threads"):
+            if getattr(self, name) < 1:
+                raise SettingError(PREFIX + name.upper(), "must be at least 1")
+        for name in ("max_model_len", "rank_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(PREFIX + name.upper(), "must be at least 1")
+        if "." in self.instance or " " in self.instance:
+            raise SettingError(PREFIX + "INSTANCE", "must be free of dots and spaces")
+
+    def rank_id(self, index: int) -> str:
+        return f"{self.instance}-{index}"
+
+
+def _decode(kind: type, value: object) -> object:
+    if kind is Path:
+        return Path(str(value)).expanduser()
+    raise NotImplementedError(kind)
+
+
+def _check_field(cls: type[EngineSettings], name: str, value: str) -> None:
+    field = next(f for f in msgspec.structs.fields(cls) if f.name == name)
+    try:
+        msgspec.convert(value, field.type, strict=False, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        allowed = get_args(field.type)
+        hint = f" (one of {', '.join(map(str, allowed))})" if allowed and allowed[-1] is not type(None) else ""
+        raise SettingError(PREFIX + name.upper(), f"{value!r} is not valid{hint}: {error}") from error
