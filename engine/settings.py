@@ -56,11 +56,10 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises:
             SettingError: a variable is missing, malformed or out of range.
+
         """
         given = {
-            name: environ[PREFIX + name.upper()]
-            for name in cls.__struct_fields__
-            if environ.get(PREFIX + name.upper())
+            name: environ[PREFIX + name.upper()] for name in cls.__struct_fields__ if environ.get(PREFIX + name.upper())
         }
         for name in ("nats_url", "model", "model_dir", "instance"):
             if name not in given:
@@ -68,10 +67,16 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         for name, value in given.items():
             _check_field(cls, name, value)
         settings = msgspec.convert(given, cls, strict=False, dec_hook=_decode)
-        settings._validate()
+        settings.validate()
         return settings
 
-    def _validate(self) -> None:
+    def validate(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            SettingError: names the variable.
+
+        """
         for name in ("num_ranks", "kv_block_tokens", "max_step_tokens", "num_threads"):
             if getattr(self, name) < 1:
                 raise SettingError(PREFIX + name.upper(), "must be at least 1")

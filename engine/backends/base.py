@@ -7,15 +7,12 @@ happens. Methods are called from the event loop's thread; events may come from a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from engine.core.roles import Position, Unit
 from engine.protocol import GenerateRequest, KvSource, PullReply, PullRequest, SubmitReply, TokenEntry
 from planner.protocol import ModelShape, StepProfile, Transfer
-
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +104,7 @@ class Backend(Protocol):
 
         Raises:
             EngineError: it cannot be prepared; says why.
+
         """
 
     def discard(self, pipeline: str) -> None:
@@ -124,10 +122,8 @@ class Backend(Protocol):
     def release_pipeline(self, pipeline: str) -> None:
         """Free all KV of a stopped pipeline."""
 
-    def export_units(self, units: Iterable[Unit]) -> Iterable[bytes]: ...
+    def export_unit(self, layer: int, group: int) -> bytes: ...
 
-    def export_kv(
-        self, pipeline: str, layer: int, group: int, blocks: list[int], num_tokens: int
-    ) -> bytes: ...
+    def export_kv(self, pipeline: str, layer: int, group: int, blocks: list[int], num_tokens: int) -> bytes: ...
 
     def close(self) -> None: ...
