@@ -3,6 +3,8 @@
 EngineError
 +-- SettingError            a setting is missing or out of range; names it
 +-- ProtocolError           an operation that the present state does not allow
+|   +-- TransitionError     an event that a sequence's state does not know; names both
+|   +-- BlockError          a KV block is shared or freed that nobody owns; names it
 +-- PipelineBroken          a member of the pipeline died or was told to give up
 +-- TransferError           context could not be fetched from a holder; names holder and unit
     +-- CorruptTransfer     it arrived, but its checksum or size is wrong
@@ -23,6 +25,22 @@ class SettingError(EngineError):
 
 class ProtocolError(EngineError):
     """An operation that the present state does not allow."""
+
+
+class TransitionError(ProtocolError):
+    def __init__(self, sequence: object, state: str, event: str) -> None:
+        super().__init__(f"{sequence} is {state}, which knows no event {event}")
+        self.sequence = sequence
+        self.state = state
+        self.event = event
+
+
+class BlockError(ProtocolError):
+    def __init__(self, action: str, block: int, num_refs: int) -> None:
+        super().__init__(f"cannot {action} block {block}: it has {num_refs} references")
+        self.action = action
+        self.block = block
+        self.num_refs = num_refs
 
 
 class PipelineBroken(EngineError):
