@@ -1,0 +1,5 @@
+"""`python -m deploy` is `spotserve`."""
+
+from deploy.cli import main
+
+main()

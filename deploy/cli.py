@@ -1,0 +1,257 @@
+"""The command line `spotserve`: serve on this machine, look at the fleet, play the cloud, chat."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+
+from deploy.chat import Conversation, open_client
+from deploy.client import RequestCounts, fetch_requests, fetch_status, send_command
+from deploy.default_model import DEFAULT_MODEL, cache_dir
+from deploy.errors import CommandError, DeployError
+from deploy.local import serve
+from deploy.model_source import resolve_model
+from deploy.protocol import AddCommand, KillCommand, PreemptCommand
+from deploy.report import plan_report, status_report
+from deploy.settings import UpSettings, default_state_dir, restart_delay_s
+from deploy.state import Running, StateDir
+from deploy.tables import plan_tables, status_tables
+from planner.protocol import Market, Status
+
+EXIT_ERROR = 2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Serve a language model on preemptible instances, without clients noticing a preemption.\n\n"
+    "`spotserve up` serves; the other commands talk to the running `up` from another terminal.",
+)
+model_app = typer.Typer(no_args_is_help=True, help="Models on this machine.")
+app.add_typer(model_app, name="model")
+
+StateDirOption = Annotated[
+    Path | None,
+    typer.Option("--state-dir", help="Where the `up` keeps its state.", show_default="~/.local/state/spotserve"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
+InstanceArgument = Annotated[str, typer.Argument(help="Its id, as `spotserve status` shows it.")]
+
+
+def _example(*lines: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(f"`{line}`" for line in lines)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@app.command(
+    epilog=_example(
+        "spotserve up",
+        "spotserve up --port 8123 --instances 4",
+        "spotserve up --model ./Qwen3-0.6B --dtype float32 --stages 2",
+        "spotserve up --model Qwen/Qwen2.5-0.5B-Instruct --max-model-len 4096",
+    )
+)
+def up(
+    model: Annotated[
+        str, typer.Option(help="A Hugging Face directory or hub id (Llama, Mistral, Qwen2, Qwen3).")
+    ] = DEFAULT_MODEL,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 where the hardware has it.")
+    ] = "auto",
+    instances: Annotated[int, typer.Option(help="Instances to start with.")] = 3,
+    ranks_per_instance: Annotated[int, typer.Option(help="Ranks (devices) of each instance.")] = 1,
+    market: Annotated[Market, typer.Option(help="Market of the instances.")] = Market.SPOT,
+    host: Annotated[str, typer.Option(help="Address that the gateway listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port that the gateway listens on.")] = 8000,
+    nats_url: Annotated[
+        str | None, typer.Option(help="An external NATS server with JetStream, in place of the embedded one.")
+    ] = None,
+    state_dir: StateDirOption = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer together, in tokens.")] = None,
+    reduction: Annotated[
+        str | None, typer.Option(help="fast, or fixed: bit-identical results for every tensor degree.")
+    ] = None,
+    pipelines: Annotated[int | None, typer.Option(help="At most this many pipelines.")] = None,
+    stages: Annotated[int | None, typer.Option(help="At most this many stages a pipeline.")] = None,
+    tensor: Annotated[int | None, typer.Option(help="At most this tensor degree.")] = None,
+    objective: Annotated[str | None, typer.Option(help="latency or throughput.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Sequences that a pipeline decodes at once.")] = None,
+    rank_memory_mb: Annotated[int | None, typer.Option(help="Weights and KV of one rank, in MiB.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    keep_state: Annotated[
+        bool, typer.Option("--keep-state", help="Go on with the JetStream store of the last `up`.")
+    ] = False,
+) -> None:
+    """Serve a model on this machine: NATS, planner, gateway and instances, until Ctrl-C."""
+    settings = UpSettings(
+        state_dir=_state_dir(state_dir).path,
+        cache_dir=cache_dir(os.environ),
+        model=model,
+        dtype=dtype,
+        num_instances=instances,
+        ranks_per_instance=ranks_per_instance,
+        market=market,
+        host=host,
+        port=port,
+        nats_url=nats_url,
+        max_model_len=max_model_len,
+        reduction=reduction,
+        pipelines=pipelines,
+        stages=stages,
+        tensor=tensor,
+        objective=objective,
+        max_batch=max_batch,
+        rank_memory_mb=rank_memory_mb,
+        device=device,
+        keep_state=keep_state,
+        restart_delay_s=restart_delay_s(os.environ),
+    )
+    serve(settings, os.environ, _say)
+
+
+@app.command(epilog=_example("spotserve status", "spotserve status --json"))
+def status(as_json: JsonOption = False, state_dir: StateDirOption = None) -> None:
+    """Instances, pipelines and requests of the running fleet."""
+    running = _state_dir(state_dir).read_running()
+    answer, requests = asyncio.run(_fetch_status_and_requests(running))
+    report = status_report(answer, requests)
+    if as_json:
+        _print_json(report)
+    else:
+        Console().print(status_tables(report, time.time()))
+
+
+async def _fetch_status_and_requests(running: Running) -> tuple[Status, RequestCounts | None]:
+    requests: RequestCounts | None = None
+    with contextlib.suppress(CommandError):  # the fleet's state is worth showing without the gateway's counts
+        requests = await fetch_requests(running)
+    return await fetch_status(running), requests
+
+
+@app.command(epilog=_example("spotserve plan", "spotserve plan --json"))
+def plan(as_json: JsonOption = False, state_dir: StateDirOption = None) -> None:
+    """The current plan, and why it was chosen over which alternatives."""
+    answer = asyncio.run(fetch_status(_state_dir(state_dir).read_running()))
+    if as_json:
+        _print_json(plan_report(answer))
+    else:
+        Console().print(plan_tables(answer))
+
+
+@app.command(epilog=_example("spotserve preempt i0", "spotserve preempt i0 --notice 5"))
+def preempt(
+    instance: InstanceArgument,
+    notice: Annotated[float, typer.Option(help="Seconds from the notice to the end.", min=0)] = 30.0,
+    state_dir: StateDirOption = None,
+) -> None:
+    """Play the cloud: notice now, SIGKILL of the whole instance at the deadline."""
+    _command(state_dir, PreemptCommand(instance=instance, notice_s=notice))
+
+
+@app.command(epilog=_example("spotserve kill i0"))
+def kill(instance: InstanceArgument, state_dir: StateDirOption = None) -> None:
+    """SIGKILL a whole instance now, with no notice."""
+    _command(state_dir, KillCommand(instance=instance))
+
+
+@app.command(epilog=_example("spotserve add", "spotserve add --market on_demand"))
+def add(
+    market: Annotated[Market | None, typer.Option(help="Its market.", show_default="the market of `up`")] = None,
+    state_dir: StateDirOption = None,
+) -> None:
+    """Launch one more instance."""
+    _command(state_dir, AddCommand(market=market))
+
+
+def _command(state_dir: Path | None, command: PreemptCommand | KillCommand | AddCommand) -> None:
+    _say(asyncio.run(send_command(_state_dir(state_dir).read_running(), command)))
+
+
+@app.command(epilog=_example("spotserve chat", 'spotserve chat "Tell me a story" --max-tokens 200'))
+def chat(
+    message: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: greedy.", min=0)] = None,
+    state_dir: StateDirOption = None,
+) -> None:
+    """Chat in the terminal; answers are streamed. Ctrl-C stops an answer, Ctrl-D ends."""
+    running = _state_dir(state_dir).read_running()
+    with open_client(running.endpoint) as client:
+        conversation = Conversation(
+            client, running.served_model_name, system=system, max_tokens=max_tokens, temperature=temperature
+        )
+        if message is not None:
+            _print_answer(conversation, message)
+            return
+        _say(f"{running.served_model_name} at {running.endpoint} (Ctrl-C stops an answer, Ctrl-D ends)")
+        _converse(conversation)
+
+
+def _converse(conversation: Conversation) -> None:
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        try:
+            if text:
+                _print_answer(conversation, text)
+        except KeyboardInterrupt:
+            print(" [stopped]")
+        except CommandError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _print_answer(conversation: Conversation, text: str) -> None:
+    for piece in conversation.ask(text):
+        print(piece, end="", flush=True)
+    print()
+
+
+@model_app.command(epilog=_example("spotserve model fetch", "spotserve model fetch Qwen/Qwen2.5-0.5B-Instruct"))
+def fetch(
+    model: Annotated[str, typer.Argument(help="The default model, a hub id, or a directory to check.")] = DEFAULT_MODEL,
+) -> None:
+    """Fetch a model once, and check that the engine can load it."""
+    _say(f"model in {resolve_model(model, cache_dir(os.environ), _say)}")
+
+
+@app.command()
+def version() -> None:
+    """The installed version."""
+    _say(f"spotserve {importlib.metadata.version('spotserve')}")
+
+
+def _state_dir(given: Path | None) -> StateDir:
+    return StateDir(given.expanduser().resolve() if given else default_state_dir(os.environ))
+
+
+def _print_json(report: Any) -> None:
+    print(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
+
+
+def main() -> None:
+    """Entry point: 0 when done, 2 with one line on standard error where something is wrong, 130 for Ctrl-C."""
+    try:
+        app()
+    except DeployError as error:
+        print(f"spotserve: {error}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(130)

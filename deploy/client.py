@@ -1,0 +1,67 @@
+"""What the commands ask of a running `up`: the planner's status, the supervisor's obedience, the gateway's counts."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import httpx
+import msgspec
+from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError
+
+from deploy.bus import Command, connect
+from deploy.errors import CommandError
+from deploy.protocol import CommandReply, supervisor_subject
+from deploy.state import Running
+from planner.protocol import Message, PlannerSubjects, Status, StatusRequest
+
+REPLY_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 3.0
+
+Reply = TypeVar("Reply", bound=Message)
+
+
+class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests at the gateway; `pipelines` has the running ones of each."""
+
+    running: int
+    waiting: int
+    pipelines: dict[str, int] = {}
+
+
+async def send_command(running: Running, command: Command) -> str:
+    """The supervisor's answer; raises CommandError where it refuses or does not answer."""
+    reply = await _request(running, supervisor_subject(running.model), command, CommandReply, "the supervisor")
+    if not reply.ok:
+        raise CommandError(reply.message)
+    return reply.message
+
+
+async def fetch_status(running: Running) -> Status:
+    """Raises CommandError while the planner is away."""
+    subject = PlannerSubjects(running.model).status
+    return await _request(running, subject, StatusRequest(), Status, "the planner")
+
+
+async def fetch_requests(running: Running) -> RequestCounts:
+    """Raises CommandError while the gateway is away."""
+    try:
+        async with httpx.AsyncClient(base_url=running.endpoint, timeout=REPLY_TIMEOUT_S, trust_env=False) as client:
+            response = await client.get("/internal/requests")
+            response.raise_for_status()
+            return msgspec.json.decode(response.content, type=RequestCounts)
+    except (httpx.HTTPError, msgspec.DecodeError) as error:
+        raise CommandError(f"the gateway at {running.endpoint} does not answer: {error}") from error
+
+
+async def _request(running: Running, subject: str, message: Message, reply: type[Reply], who: str) -> Reply:
+    client = await connect(running.nats_url, CONNECT_TIMEOUT_S)
+    try:
+        answer = await client.request(subject, msgspec.msgpack.encode(message), timeout=REPLY_TIMEOUT_S)
+        return msgspec.msgpack.decode(answer.data, type=reply)
+    except (NoRespondersError, TimeoutError) as error:
+        raise CommandError(f"{who} does not answer: it may be starting; try again, or look at its log") from error
+    except (NatsError, msgspec.DecodeError) as error:
+        raise CommandError(f"{who} gave no usable answer: {error}") from error
+    finally:
+        await client.close()

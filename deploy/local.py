@@ -1,0 +1,308 @@
+"""The one-machine supervisor: starts every part in order, keeps them running, plays the cloud, and stops them all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import Final
+
+import httpx
+import msgspec
+from nats.js.errors import Error as JetStreamError
+
+from deploy.bus import FleetBus, connect
+from deploy.cloud import LocalCloud
+from deploy.default_model import Say
+from deploy.errors import NatsUnreachableError, PartFailedError
+from deploy.model_source import resolve_model
+from deploy.parts import Commands, engine_program, gateway_program, nats_program, planner_program
+from deploy.preflight import check_memory, check_port, choose_dtype, find_nats_server, free_port, read_cpu_flags
+from deploy.process import Child, Program
+from deploy.service import Service
+from deploy.settings import UpSettings
+from deploy.state import Running, StateDir
+from planner.protocol import Market
+
+PART_READY_TIMEOUT_S: Final = 120.0
+STOP_GRACE_S: Final = 5.0
+READY_POLL_S: Final = 0.1
+STILL_WAITING_S: Final = 10.0
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+    """What the checks before the start have found."""
+
+    model_dir: Path
+    dtype: str
+    nats_binary: Path | None
+    """None: an external server."""
+
+
+def prepare(settings: UpSettings, say: Say) -> Prepared:
+    """All checks that need no running part, cheap ones first; fetches the model. Raises DeployError."""
+    dtype = choose_dtype(settings, read_cpu_flags())
+    check_port(settings.host, settings.port)
+    nats_binary = find_nats_server() if settings.nats_url is None else None
+    model_dir = resolve_model(settings.model, settings.cache_dir, say)
+    check_memory(settings, model_dir, dtype)
+    return Prepared(model_dir=model_dir, dtype=dtype, nats_binary=nats_binary)
+
+
+def serve(settings: UpSettings, environ: Mapping[str, str], say: Say, commands: Commands | None = None) -> None:
+    """Check, start, serve until a signal, stop. Raises DeployError; KeyboardInterrupt while it still checks."""
+    state = StateDir(settings.state_dir)
+    state.claim()
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a download ends with us
+        prepared = prepare(settings, say)
+        state.begin(keep_state=settings.keep_state)
+        asyncio.run(Supervisor(settings, environ, say, commands).run(prepared))
+    finally:
+        state.release()
+
+
+class Supervisor:
+    """One `up`. `say` gets one line an event."""
+
+    def __init__(
+        self, settings: UpSettings, environ: Mapping[str, str], say: Say, commands: Commands | None = None
+    ) -> None:
+        """`settings.state_dir` must be claimed and begun."""
+        self._settings = settings
+        self._environ = environ
+        self._commands = commands or Commands()
+        self._state = StateDir(settings.state_dir)
+        self._say = self._with_elapsed(say)
+        self._say_plainly = say
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._running: Running | None = None
+        self._children: dict[str, Child] = {}
+        self._services: list[Service] = []
+        self._cloud: LocalCloud | None = None
+        self._bus: FleetBus | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._nats_url = settings.nats_url or ""
+
+    @staticmethod
+    def _with_elapsed(say: Say) -> Say:
+        started_s = time.monotonic()
+        return lambda line: say(f"[{time.monotonic() - started_s:6.1f} s] {line}")
+
+    async def run(self, prepared: Prepared) -> None:
+        """Serve until SIGINT, SIGTERM or SIGHUP; nothing is left behind. Raises DeployError if the start fails."""
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            start = asyncio.create_task(self._start(prepared))
+            stop = asyncio.create_task(self._stopping.wait())
+            await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if start.done():
+                start.result()
+                await stop
+            start.cancel()
+            stop.cancel()
+            await asyncio.wait({start, stop})
+        finally:
+            await self._shut_down()
+            for number in STOP_SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        if self._stopping.is_set():
+            self._hurry.set()
+        self._stopping.set()
+
+    # --- Start -------------------------------------------------------------------------------------------------
+
+    async def _start(self, prepared: Prepared) -> None:
+        await self._start_nats(prepared.nats_binary)
+        self._write_running()
+        planner = planner_program(self._commands, self._settings, self._nats_url)
+        await self._wait_for_service(*await self._launch_service(planner))
+        gateway = gateway_program(self._commands, self._settings, self._nats_url, prepared.model_dir)
+        launched_gateway = await self._launch_service(gateway)
+        await self._start_cloud(prepared)  # the instances load while the gateway starts
+        await self._wait_for_service(*launched_gateway)
+        await self._wait_until_ready()
+        self._say(f"ready: {self._settings.served_model_name}, {prepared.dtype}")
+        self._print_next_commands()
+
+    async def _start_nats(self, binary: Path | None) -> None:
+        if binary is not None:
+            port = free_port()
+            self._nats_url = f"nats://127.0.0.1:{port}"
+            service, child = await self._launch_service(nats_program(binary, port, self._state.nats))
+            await child.wait_until(lambda: _accepts("127.0.0.1", port), PART_READY_TIMEOUT_S)
+            service.keep_running()
+        client = await connect(self._nats_url)
+        self._bus = FleetBus(client, self._settings.model_slug)
+        try:
+            await client.jetstream(timeout=5).account_info()
+        except (JetStreamError, TimeoutError) as error:
+            raise NatsUnreachableError(
+                self._nats_url, "it answers, but JetStream is off (start it with -js)"
+            ) from error
+        self._say(f"nats-server is ready on {self._nats_url}{'' if binary else ' (external)'}")
+
+    async def _launch_service(self, program: Program) -> tuple[Service, Child]:
+        async def start() -> Child:
+            return await self._launch(program)
+
+        service = Service(program.name, start, self._settings.restart_delay_s, self._say)
+        self._services.append(service)
+        return service, await service.start()
+
+    async def _wait_for_service(self, service: Service, child: Child) -> None:
+        await child.wait_until(lambda: child.has_said(f"{service.name} ready"), PART_READY_TIMEOUT_S)
+        service.keep_running()
+        self._say(f"{service.name} is ready")
+
+    async def _start_cloud(self, prepared: Prepared) -> None:
+        assert self._bus is not None
+
+        async def launch(instance: str, market: Market) -> Child:
+            program = engine_program(
+                self._commands,
+                self._settings,
+                self._nats_url,
+                prepared.model_dir,
+                prepared.dtype,
+                instance,
+                market,
+            )
+            child = await self._launch(program)
+            self._say(f"{instance} is starting ({market}, {self._settings.ranks_per_instance} rank(s))")
+            return child
+
+        self._cloud = LocalCloud(
+            self._bus,
+            launch,
+            self._state.take_instance_id,
+            self._settings.market,
+            self._settings.ranks_per_instance,
+            self._say,
+        )
+        self._spawn(self._bus.send_outbox())
+        await self._bus.serve_commands(self._cloud.handle)
+        for _ in range(self._settings.num_instances):
+            await self._cloud.add()
+
+    async def _launch(self, program: Program) -> Child:
+        child = await Child.start(program, self._state.log(program.name), self._environ)
+        self._children[program.name] = child
+        self._spawn(self._forget_when_ended(child))
+        if self._running is not None:
+            self._write_running()
+        return child
+
+    async def _forget_when_ended(self, child: Child) -> None:
+        await child.wait()
+        if self._children.get(child.name) is child:
+            del self._children[child.name]
+        if self._running is not None:
+            self._write_running()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _wait_until_ready(self) -> None:
+        """Until GET /ready is 200; raises PartFailedError when no instance is left that could make it so."""
+        assert self._cloud is not None
+        wants_instances = self._settings.num_instances > 0
+        give_up_s = time.monotonic() + self._settings.ready_timeout_s
+        next_line_s = time.monotonic() + STILL_WAITING_S
+        known = dict(self._cloud.instances)
+        async with httpx.AsyncClient(base_url=self._endpoint, timeout=2.0, trust_env=False) as client:
+            while wants_instances and not await _is_ready(client):
+                if not self._cloud.instances:
+                    part, instance = next(iter(known.items()), ("instances", None))
+                    log = self._state.log(part)
+                    last_words = instance.child.last_words() if instance else ""
+                    raise PartFailedError(part, f"ended before it could serve{last_words}", log)
+                if time.monotonic() > give_up_s:
+                    raise PartFailedError("gateway", "found no pipeline in time", self._state.log("gateway"))
+                if time.monotonic() > next_line_s:
+                    self._say(f"waiting for a pipeline ({', '.join(self._cloud.instances)} load the model)")
+                    next_line_s += STILL_WAITING_S
+                await asyncio.sleep(READY_POLL_S)
+
+    @property
+    def _endpoint(self) -> str:
+        assert self._running is not None
+        return self._running.endpoint
+
+    def _write_running(self) -> None:
+        self._running = Running(
+            pid=os.getpid(),
+            host=self._settings.host,
+            port=self._settings.port,
+            nats_url=self._nats_url,
+            model=self._settings.model_slug,
+            served_model_name=self._settings.served_model_name,
+            started_at_s=self._running.started_at_s if self._running else time.time(),
+            pids={name: child.pid for name, child in self._children.items()},
+        )
+        self._state.write_running(self._running)
+
+    def _print_next_commands(self) -> None:
+        assert self._cloud is not None
+        first = next(iter(self._cloud.instances), "i0")
+        body = (
+            f'{{"model": "{self._settings.served_model_name}", "stream": true, '
+            '"messages": [{"role": "user", "content": "Tell me a story"}]}'
+        )
+        self._say_plainly(
+            f"\nendpoint  {self._endpoint}/v1   (logs: {self._state.logs})\n\n"
+            f"  curl -N {self._endpoint}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+            f"    -d '{body}'\n\n"
+            "in another terminal:\n"
+            '  spotserve chat "Tell me a story"   stream an answer\n'
+            "  spotserve status                   the fleet and its pipelines\n"
+            f"  spotserve preempt {first} --notice 30  take an instance away; the stream goes on\n\n"
+            "Ctrl-C stops everything."
+        )
+
+    # --- Stop --------------------------------------------------------------------------------------------------
+
+    async def _shut_down(self) -> None:
+        self._say("stopping (Ctrl-C again: at once)")
+        for task in self._tasks:
+            task.cancel()
+        if self._bus is not None:
+            await self._bus.close()
+        hurry = asyncio.create_task(self._kill_all_when_hurried())
+        nats = [service for service in self._services if service.name == "nats"]
+        others = [service for service in self._services if service.name != "nats"]
+        stops = [service.stop(STOP_GRACE_S) for service in others]
+        await asyncio.gather(*stops, *([self._cloud.stop(STOP_GRACE_S)] if self._cloud else []))
+        await asyncio.gather(*(service.stop(STOP_GRACE_S) for service in nats))
+        hurry.cancel()
+        self._say("stopped")
+
+    async def _kill_all_when_hurried(self) -> None:
+        await self._hurry.wait()
+        for child in self._children.values():
+            child.signal_kill()
+
+
+def _accepts(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=0.2):
+        return True
+    return False
+
+
+async def _is_ready(client: httpx.AsyncClient) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return (await client.get("/ready")).status_code == httpx.codes.OK
+    return False

@@ -1,0 +1,93 @@
+"""Which programs make up a fleet on one machine: their command lines and environments. Pure."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+
+from deploy.process import Program
+from deploy.settings import UpSettings
+from planner.protocol import Market
+
+MIB = 2**20
+
+
+class Commands(msgspec.Struct, frozen=True, kw_only=True):
+    """The command line of each part; tests put stand-ins here."""
+
+    planner: list[str] = [sys.executable, "-m", "planner"]
+    gateway: list[str] = [sys.executable, "-m", "gateway"]
+    engine: list[str] = [sys.executable, "-m", "engine"]
+
+
+def nats_program(binary: Path, port: int, store_dir: Path) -> Program:
+    """The embedded server, on 127.0.0.1 alone."""
+    options = ["--addr", "127.0.0.1", "--port", str(port), "--jetstream", "--store_dir", str(store_dir)]
+    return Program(name="nats", command=[str(binary), *options])
+
+
+def planner_program(commands: Commands, settings: UpSettings, nats_url: str) -> Program:
+    """The planner, with the targets of `settings`."""
+    environment = _environment(
+        "PLANNER",
+        nats_url=nats_url,
+        model=settings.model_slug,
+        data=settings.pipelines,
+        pipeline=settings.stages,
+        tensor=settings.tensor,
+        objective=settings.objective,
+        max_batch=settings.max_batch,
+    )
+    return Program(name="planner", command=commands.planner, environment=environment)
+
+
+def gateway_program(commands: Commands, settings: UpSettings, nats_url: str, model_dir: Path) -> Program:
+    """The gateway, listening where `settings` say."""
+    environment = _environment(
+        "GATEWAY",
+        host=settings.host,
+        port=settings.port,
+        nats_url=nats_url,
+        model=settings.model_slug,
+        model_dir=model_dir,
+        served_model_name=settings.served_model_name,
+        max_model_len=settings.max_model_len,
+    )
+    return Program(name="gateway", command=commands.gateway, environment=environment)
+
+
+def engine_program(
+    commands: Commands,
+    settings: UpSettings,
+    nats_url: str,
+    model_dir: Path,
+    dtype: str,
+    instance: str,
+    market: Market,
+) -> Program:
+    """One instance: the agent, which starts its ranks."""
+    environment = _environment(
+        "ENGINE",
+        nats_url=nats_url,
+        model=settings.model_slug,
+        model_dir=model_dir,
+        instance=instance,
+        market=market.value,
+        num_ranks=settings.ranks_per_instance,
+        dtype=dtype,
+        device=settings.device,
+        max_model_len=settings.max_model_len,
+        reduction=settings.reduction,
+        rank_memory_bytes=None if settings.rank_memory_mb is None else settings.rank_memory_mb * MIB,
+        cache_dir=settings.cache_dir,
+    )
+    # Two threads on a core that another rank uses too are many times slower than one.
+    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return Program(name=instance, command=commands.engine, environment=environment)
+
+
+def _environment(service: str, **options: object) -> dict[str, str]:
+    """`SPOTSERVE_<SERVICE>_<NAME>` for each option that was given."""
+    return {f"SPOTSERVE_{service}_{name.upper()}": str(value) for name, value in options.items() if value is not None}

@@ -1,0 +1,106 @@
+"""What `status` and `plan` say: the JSON reports, made from the planner's answer. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from deploy.client import RequestCounts
+from planner.protocol import InstanceState, InstanceStatus, Market, Pipeline, Shard, Status
+
+
+class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
+    rank: str
+    instance: str
+    head_groups: tuple[int, int]
+    """First and last."""
+
+
+class StageReport(msgspec.Struct, frozen=True, kw_only=True):
+    layers: tuple[int, int]
+    """First and last."""
+    shards: list[ShardReport]
+
+
+class PipelineReport(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    stages: list[StageReport]
+    running: int
+
+
+class InstanceReport(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    market: Market
+    state: InstanceState
+    deadline_s: float | None
+    ranks: list[str]
+
+
+class RequestReport(msgspec.Struct, frozen=True, kw_only=True):
+    running: int | None
+    """None, as `waiting`: the gateway did not answer."""
+    waiting: int | None
+
+
+class StatusReport(msgspec.Struct, frozen=True, kw_only=True):
+    """`spotserve status --json`."""
+
+    epoch: int
+    instances: list[InstanceReport]
+    pipelines: list[PipelineReport]
+    requests: RequestReport
+
+
+def status_report(status: Status, requests: RequestCounts | None) -> StatusReport:
+    """`requests` is None where the gateway did not answer."""
+    running = requests.pipelines if requests else {}
+    pipelines = status.plan.pipelines if status.plan else []
+    return StatusReport(
+        epoch=status.epoch,
+        instances=[_instance_report(instance) for instance in status.instances],
+        pipelines=[_pipeline_report(pipeline, running.get(pipeline.id, 0)) for pipeline in pipelines],
+        requests=RequestReport(
+            running=requests.running if requests else None, waiting=requests.waiting if requests else None
+        ),
+    )
+
+
+def plan_report(status: Status) -> dict[str, Any]:
+    """`spotserve plan --json`: epoch, pipelines, retiring, explanation (None before the first plan) and history."""
+    plan = status.plan
+    explicit = {
+        "epoch": status.epoch,
+        "pipelines": [_pipeline_report(pipeline, 0) for pipeline in plan.pipelines] if plan else [],
+        "retiring": [{"id": one.pipeline.id, "reason": one.reason} for one in plan.retiring] if plan else [],
+        "explanation": plan.explanation if plan else None,
+        "history": status.history,
+    }
+    report: dict[str, Any] = msgspec.to_builtins(explicit)
+    for pipeline in report["pipelines"]:
+        del pipeline["running"]  # the plan does not know it; `status` does
+    return report
+
+
+def _instance_report(instance: InstanceStatus) -> InstanceReport:
+    return InstanceReport(
+        id=instance.id,
+        market=instance.market,
+        state=instance.state,
+        deadline_s=instance.deadline_s,
+        ranks=instance.ranks,
+    )
+
+
+def _pipeline_report(pipeline: Pipeline, running: int) -> PipelineReport:
+    stages = [
+        StageReport(
+            layers=(stage.first_layer, stage.last_layer), shards=[_shard_report(shard) for shard in stage.shards]
+        )
+        for stage in pipeline.stages
+    ]
+    return PipelineReport(id=pipeline.id, stages=stages, running=running)
+
+
+def _shard_report(shard: Shard) -> ShardReport:
+    return ShardReport(rank=shard.rank, instance=shard.instance, head_groups=(shard.first_group, shard.last_group))

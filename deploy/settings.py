@@ -1,0 +1,106 @@
+"""What `spotserve up` can be told. Built from the command line's options; validated when built."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+import msgspec
+
+from deploy.default_model import DEFAULT_MODEL
+from deploy.errors import SettingError
+from planner.protocol import Market
+
+DType = Literal["float32", "bfloat16", "float16"]
+Reduction = Literal["fast", "fixed"]
+Objective = Literal["latency", "throughput"]
+Device = Literal["cpu", "cuda"]
+DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
+AUTO: Final = "auto"
+
+
+class UpSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Options of `up`. None: not given, so that the part's own default holds."""
+
+    state_dir: Path
+    cache_dir: Path
+    model: str = DEFAULT_MODEL
+    dtype: str = AUTO
+    """auto, float32, bfloat16 or float16."""
+    num_instances: int = 3
+    ranks_per_instance: int = 1
+    market: Market = Market.SPOT
+    host: str = "127.0.0.1"
+    port: int = 8000
+    nats_url: str | None = None
+    """An external server; None: the embedded one."""
+    max_model_len: int | None = None
+    reduction: str | None = None
+    pipelines: int | None = None
+    """Upper targets of the planner: data, pipeline and tensor degree."""
+    stages: int | None = None
+    tensor: int | None = None
+    objective: str | None = None
+    max_batch: int | None = None
+    rank_memory_mb: int | None = None
+    device: str = "cpu"
+    keep_state: bool = False
+    """Go on with the JetStream store of the last `up`."""
+    restart_delay_s: float = 0.5
+    """Before the first restart of a part that ended by itself."""
+    ready_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        _one_of("--dtype", self.dtype, (AUTO, *get_args(DType)))
+        _one_of("--device", self.device, get_args(Device))
+        _one_of("--reduction", self.reduction, (None, *get_args(Reduction)))
+        _one_of("--objective", self.objective, (None, *get_args(Objective)))
+        _at_least("--instances", self.num_instances, 0)
+        _at_least("--restart-delay-s", self.restart_delay_s, 0)
+        for name in ("ranks_per_instance", "max_model_len", "pipelines", "stages", "tensor", "max_batch"):
+            _at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        _at_least("--rank-memory-mb", self.rank_memory_mb, 1)
+        if not 1 <= self.port <= 65535:
+            raise SettingError("--port", self.port, "must be from 1 to 65535")
+
+    @property
+    def served_model_name(self) -> str:
+        """The `model` of the HTTP API: the name as it was given, of a directory its last part."""
+        path = Path(self.model).expanduser()
+        return path.resolve().name if path.is_dir() else self.model
+
+    @property
+    def model_slug(self) -> str:
+        """The model in NATS subjects and stream names."""
+        return re.sub(r"[^A-Za-z0-9_-]+", "-", self.served_model_name).strip("-") or "model"
+
+
+def default_state_dir(environ: Mapping[str, str]) -> Path:
+    """`$XDG_STATE_HOME/spotserve`, else `~/.local/state/spotserve`."""
+    home = environ.get("XDG_STATE_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".local" / "state") / "spotserve"
+
+
+def restart_delay_s(environ: Mapping[str, str]) -> float:
+    """`SPOTSERVE_UP_RESTART_DELAY_S`, a setting for tests that want a part to stay away for a while."""
+    text = environ.get("SPOTSERVE_UP_RESTART_DELAY_S", "0.5")
+    try:
+        delay_s = float(text)
+    except ValueError:
+        delay_s = math.nan
+    if not 0 <= delay_s < math.inf:
+        raise SettingError("SPOTSERVE_UP_RESTART_DELAY_S", text, "must be seconds, 0 or more")
+    return delay_s
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise SettingError(name, value, f"must be one of {', '.join(str(one) for one in allowed if one)}")
+
+
+def _at_least(name: str, value: float | None, least: int) -> None:
+    if value is not None and value < least:
+        raise SettingError(name, value, f"must be {least} or more")
