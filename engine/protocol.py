@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.protocol import Message, Wire
+from planner.protocol import Message, ModelShape, RankInventory, StepProfile, Wire
 
 
 class SamplingParams(Wire, frozen=True, kw_only=True):
@@ -206,6 +206,15 @@ class ReleaseKv(Message, frozen=True, kw_only=True):
     choice: int
 
 
+class RankReport(Message, frozen=True, kw_only=True):
+    """`rank.<rank>.report`: rank -> the agent of its instance, on change and every second."""
+
+    inventory: RankInventory
+    model: ModelShape
+    epoch: int
+    profile: StepProfile | None = None
+
+
 class EngineSubjects:
     """NATS names under one prefix; see `PlannerSubjects` for the prefix."""
 
@@ -233,6 +242,9 @@ class EngineSubjects:
 
     def all_tokens_of(self, gateway: str) -> str:
         return f"{self.prefix}.tokens.{gateway}.*"
+
+    def report(self, rank: str) -> str:
+        return f"{self.prefix}.rank.{rank}.report"
 
     def pull(self, rank: str) -> str:
         return f"{self.prefix}.rank.{rank}.pull"

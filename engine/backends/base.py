@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.core.roles import Position, Unit
-from engine.protocol import GenerateRequest, KvSource, PullReply, PullRequest, SubmitReply, TokenEntry
+from engine.core.scheduler import OutEntry, PullOrder
+from engine.core.sequence import SequenceKey
+from engine.protocol import GenerateRequest, PullReply, PullRequest, SubmitReply, TokenEntry
 from planner.protocol import ModelShape, StepProfile, Transfer
 
 
@@ -38,24 +40,14 @@ class PrepareReport:
     regroup_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class PullOrder:
-    """The leader wants the KV of a sequence pulled by every rank of its pipeline, into `blocks`."""
-
-    request_id: str
-    choice: int
-    source: KvSource
-    blocks: list[int]
-
-
 class PipelineEvents(Protocol):
     """What a running pipeline tells the rank that runs a part of it."""
 
     def on_ready(self, pipeline: str) -> None:
-        """Leader only: all members answer; requests are taken."""
+        """All members have started. From then on the leader's part takes requests."""
 
-    def on_entries(self, pipeline: str, entries: list[tuple[str, TokenEntry]]) -> None:
-        """Leader only: (gateway, entry) of everything that one step committed."""
+    def on_entries(self, pipeline: str, entries: list[OutEntry]) -> None:
+        """Leader only: everything that one step committed."""
 
     def on_pull(self, pipeline: str, order: PullOrder) -> None:
         """Leader only: pull, then call `RunningPipeline.pull_done`."""
@@ -70,19 +62,22 @@ class PipelineEvents(Protocol):
 class RunningPipeline(Protocol):
     """One rank's part of a started pipeline. Only the leader's part takes requests."""
 
-    async def submit(self, request: GenerateRequest, traceparent: str | None) -> SubmitReply: ...
+    async def submit(self, request: GenerateRequest) -> SubmitReply: ...
 
     def cancel(self, request_id: str) -> None: ...
 
     async def resend(self, request_id: str, choice: int, from_index: int) -> TokenEntry | None: ...
 
-    def pull_done(self, request_id: str, choice: int, *, ok: bool, pull_s: float) -> None: ...
+    def pull_done(self, key: SequenceKey, *, ok: bool, pull_s: float) -> None: ...
 
     def arrange(self, deadline_s: float | None, migration_s: float) -> None:
         """Stop at a token boundary, as late as the deadline allows (None: at the next one)."""
 
     def abort(self, cause: str) -> None:
         """Give up at once, also when a peer never answers."""
+
+    def is_draining(self) -> bool:
+        """Told to stop, or stopped."""
 
     def snapshot(self) -> Snapshot: ...
 
@@ -92,6 +87,14 @@ class Backend(Protocol):
 
     @property
     def model(self) -> ModelShape: ...
+
+    @property
+    def memory_bytes(self) -> int:
+        """For weights and KV together."""
+
+    @property
+    def store_address(self) -> str:
+        """Where the members of a pipeline that this rank leads meet (`host:port`)."""
 
     def profile(self) -> StepProfile:
         """Step times of this device; blocking."""
@@ -111,7 +114,13 @@ class Backend(Protocol):
         """Forget a prepared (or preparing) pipeline."""
 
     def start(self, pipeline: str, events: PipelineEvents) -> RunningPipeline:
-        """Run a prepared position; units that it does not need are freed."""
+        """Run a prepared position."""
+
+    def free_unneeded(self, pipeline: str) -> None:
+        """Free the weights that neither `pipeline`, which runs, nor a prepared pipeline needs."""
+
+    def ended(self, pipeline: str, num_parked: int) -> None:
+        """A pipeline has stopped or broken; the KV of `num_parked` interrupted sequences is kept."""
 
     async def pull_kv(self, request: PullRequest) -> PullReply:
         """Pull the KV of one sequence, as far as this rank's position needs it."""
@@ -119,8 +128,11 @@ class Backend(Protocol):
     def release_kv(self, pipeline: str, request_id: str, choice: int) -> None:
         """The KV of an interrupted sequence is not wanted any more."""
 
-    def release_pipeline(self, pipeline: str) -> None:
-        """Free all KV of a stopped pipeline."""
+    def release_expired(self, now_s: float) -> list[str]:
+        """Free KV that nobody came for in time; names the stopped pipelines."""
+
+    def parked(self) -> dict[str, int]:
+        """Interrupted sequences whose KV is kept, by stopped pipeline."""
 
     def export_unit(self, layer: int, group: int) -> bytes: ...
 

@@ -495,7 +495,13 @@ class Scheduler:
         sequence.apply(Event.PARK)
         self._tell("park", sequence.key, num_tokens)
         del self._ready[sequence.key]
-        source = KvSource(pipeline=self.pipeline, num_tokens=num_tokens, holders=holders, deadline_s=deadline_s)
+        source = KvSource(
+            pipeline=self.pipeline,
+            num_tokens=num_tokens,
+            holders=holders,
+            blocks=sequence.blocks[: self._blocks.blocks_for(num_tokens)],
+            deadline_s=deadline_s,
+        )
         sequence.interruption = Interruption(reason=reason, kv_source=source)
         return OutEntry(sequence.request.gateway, sequence.entry(sequence.num_committed))
 

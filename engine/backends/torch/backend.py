@@ -1,0 +1,382 @@
+"""The torch backend of a rank: its weights, its KV pools, and the pipelines it prepares, runs and retires."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from engine.backends.base import PipelineEvents, PrepareReport
+from engine.backends.torch.calibrate import load_or_calibrate
+from engine.backends.torch.communicator import Communicator, ShardGroup, rendezvous_store
+from engine.backends.torch.kv_pool import KvPool
+from engine.backends.torch.pipeline import Leader, Member, PipelineParts, PipelineThread
+from engine.backends.torch.stage_model import SoloGroup, StageModel
+from engine.backends.torch.weights import Checkpoint, WeightStore
+from engine.context.transport import FetchKv, FetchUnits, fetch
+from engine.core.roles import Position, Unit, transfers_by_unit
+from engine.core.scheduler import CostEstimate, Scheduler, SchedulerLimits
+from engine.errors import EngineError, ProtocolError
+from engine.protocol import KvHolder, PullReply, PullRequest
+from engine.settings import EngineSettings
+from planner.protocol import ModelShape, StepProfile, Transfer
+
+logger = logging.getLogger(__name__)
+
+_FETCH_BATCH_UNITS: Final = 64
+_JOIN_TIMEOUT_S: Final = 5.0
+
+
+@dataclass(slots=True)
+class _Retired:
+    """KV of a stopped pipeline, kept for others to pull."""
+
+    pool: KvPool
+    num_parked: int
+    stopped_at_s: float
+    released: set[tuple[str, int]] = field(default_factory=set)
+
+
+class TorchBackend:
+    """See `engine.backends.base.Backend`. One a rank process.
+
+    Raises:
+        EngineError: the model directory is not usable; names what is missing or unsupported.
+
+    """
+
+    def __init__(self, settings: EngineSettings, rank: str) -> None:
+        torch.set_num_threads(settings.num_threads)
+        self._settings = settings
+        self._rank = rank
+        self._device = torch.device(settings.device)
+        self._dtype: torch.dtype = getattr(torch, settings.dtype)
+        self._checkpoint = Checkpoint(settings.model_dir)
+        self._config = self._checkpoint.config
+        self._model = self._config.shape(
+            settings.model, self._dtype.itemsize, settings.kv_block_tokens, settings.max_model_len
+        )
+        self._store = WeightStore(self._config, self._dtype, self._device)
+        self._rendezvous = rendezvous_store(settings.host)
+        self._profile: StepProfile | None = None
+        self._prepared: dict[str, PipelineParts] = {}
+        self._discarded: set[str] = set()
+        self._running: dict[str, PipelineThread] = {}
+        self._retired: dict[str, _Retired] = {}
+
+    @property
+    def model(self) -> ModelShape:
+        return self._model
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._settings.rank_memory_bytes or _default_memory_bytes(self._device)
+
+    @property
+    def store_address(self) -> str:
+        return f"{self._settings.host}:{self._rendezvous.port}"
+
+    def profile(self) -> StepProfile:
+        if self._profile is None:
+            self._profile = load_or_calibrate(
+                Path(self._settings.cache_dir) / "profiles",
+                self._config,
+                self._dtype,
+                self._device,
+                self._settings.kv_block_tokens,
+            )
+        return self._profile
+
+    def units(self) -> set[Unit]:
+        return self._store.units()
+
+    # --- pipelines --------------------------------------------------------------------------------------------
+
+    async def prepare(self, position: Position, transfers: list[Transfer]) -> PrepareReport:
+        pipeline = position.pipeline.id
+        self._discarded.discard(pipeline)
+        forming = asyncio.create_task(asyncio.to_thread(self._form_group, position))
+        try:
+            report = await self._obtain_units(position, transfers)
+            started_s = time.perf_counter()
+            communicator = await forming
+            regroup_s = time.perf_counter() - started_s
+            parts = await asyncio.to_thread(self._build, position, communicator)
+        except BaseException:
+            forming.add_done_callback(_abort_when_formed)
+            raise
+        if pipeline in self._discarded:
+            _close_communicator(parts.communicator)
+            raise ProtocolError(f"{pipeline} was discarded while it was prepared")
+        self._prepared[pipeline] = parts
+        return PrepareReport(report.pulled_bytes, report.disk_bytes, report.pull_s, regroup_s)
+
+    def _form_group(self, position: Position) -> Communicator | None:
+        if len(position.pipeline.ranks()) == 1:
+            return None
+        return Communicator(position, self._settings.host, self._device)
+
+    def _build(self, position: Position, communicator: Communicator | None) -> PipelineParts:
+        config, settings, pipeline = self._config, self._settings, position.pipeline
+        groups = (position.first_group, position.last_group)
+        layers = (position.first_layer, position.last_layer)
+        model = StageModel(
+            config,
+            *layers,
+            *groups,
+            self._store,
+            ShardGroup(communicator) if communicator is not None and pipeline.tensor > 1 else SoloGroup(),
+            settings.reduction,
+            self._model.max_model_len,
+        )
+        pool = KvPool(
+            config,
+            *layers,
+            *groups,
+            pipeline.num_kv_blocks,
+            settings.kv_block_tokens,
+            self._dtype,
+            self._device,
+        )
+        return PipelineParts(
+            position=position,
+            model=model,
+            pool=pool,
+            communicator=communicator,
+            vocab_rows=[
+                self._vocab_bound(shard.last_group + 1) - self._vocab_bound(shard.first_group)
+                for shard in pipeline.stages[-1].shards
+            ],
+            hidden_size=config.hidden_size,
+            dtype=self._dtype,
+            device=self._device,
+        )
+
+    def _vocab_bound(self, group: int) -> int:
+        return group * self._config.vocab_size // self._config.num_kv_heads
+
+    def discard(self, pipeline: str) -> None:
+        self._discarded.add(pipeline)
+        parts = self._prepared.pop(pipeline, None)
+        if parts is not None:
+            _close_communicator(parts.communicator)
+
+    def start(self, pipeline: str, events: PipelineEvents) -> Leader | Member:
+        parts = self._prepared.pop(pipeline)
+        thread: Leader | Member
+        if parts.position.leads:
+            scheduler = Scheduler(self._limits(parts), self._cost(), pipeline)
+            thread = Leader(parts, events, scheduler, arrange_margin_s=self._settings.arrange_margin_s)
+        else:
+            thread = Member(parts, events)
+        self._running[pipeline] = thread
+        thread.start()
+        return thread
+
+    def _limits(self, parts: PipelineParts) -> SchedulerLimits:
+        pipeline = parts.position.pipeline
+        return SchedulerLimits(
+            num_blocks=pipeline.num_kv_blocks,
+            block_tokens=self._settings.kv_block_tokens,
+            max_batch=pipeline.max_batch,
+            max_step_tokens=self._settings.max_step_tokens,
+            num_micro_batches=len(pipeline.stages),
+            max_model_len=self._model.max_model_len,
+        )
+
+    def _cost(self) -> CostEstimate:
+        profile, model = self.profile(), self._model
+        return CostEstimate(
+            prefill_s_per_token=profile.prefill_layer_ms_per_token * model.num_layers / 1e3,
+            transfer_bytes_per_s=profile.transfer_bytes_per_s,
+            transfer_latency_s=0.005,
+            kv_bytes_per_token=model.kv_unit_bytes_per_token * model.num_layers * model.num_head_groups,
+        )
+
+    def free_unneeded(self, pipeline: str) -> None:
+        """Free the weights that a started pipeline (and a prepared one) does not need."""
+        positions = [parts.position for parts in self._prepared.values()]
+        positions += [t.parts.position for name, t in self._running.items() if name == pipeline]
+        self._store.keep_only({unit for position in positions for unit in position.units(self._model)})
+
+    def ended(self, pipeline: str, num_parked: int) -> None:
+        """A running pipeline has stopped (its KV is kept while sequences are parked) or broken (0)."""
+        thread = self._running.pop(pipeline, None)
+        if thread is not None and num_parked:
+            self._retired[pipeline] = _Retired(thread.parts.pool, num_parked, time.time())
+
+    # --- weights ----------------------------------------------------------------------------------------------
+
+    async def _obtain_units(self, position: Position, transfers: list[Transfer]) -> PrepareReport:
+        """Fetch what is missing: from the holders the plan names, best first, else from disk."""
+        started_s = time.perf_counter()
+        missing = position.units(self._model) - self._store.units()
+        sources = {unit: list(names) for unit, names in transfers_by_unit(transfers).items()}
+        pulled_bytes = 0
+        while True:
+            by_holder: dict[str, list[Unit]] = {}
+            for unit in sorted(missing):
+                if sources.get(unit):
+                    by_holder.setdefault(sources[unit][0], []).append(unit)
+            if not by_holder:
+                break
+            fetched = await asyncio.gather(
+                *(self._pull_units(holder, units, position) for holder, units in by_holder.items())
+            )
+            pulled_bytes += sum(fetched)
+            missing -= self._store.units()
+            for unit in missing:  # Whoever did not deliver is not asked again.
+                if sources.get(unit):
+                    sources[unit].pop(0)
+        disk_bytes = await asyncio.to_thread(self._load_units, sorted(missing))
+        return PrepareReport(pulled_bytes, disk_bytes, time.perf_counter() - started_s)
+
+    async def _pull_units(self, holder: str, units: list[Unit], position: Position) -> int:
+        address = position.addresses.get(holder)
+        num_bytes = 0
+        if address is None:
+            return 0
+        try:
+            for start in range(0, len(units), _FETCH_BATCH_UNITS):
+                request = FetchUnits(units=units[start : start + _FETCH_BATCH_UNITS])
+                async for (layer, group), data in fetch(holder, address.context_address, request):
+                    await asyncio.to_thread(self._store.import_unit, layer, group, data)
+                    num_bytes += len(data)
+        except EngineError as error:
+            logger.warning("rank=%s event=pull_failed cause=%s", self._rank, error)
+        return num_bytes
+
+    def _load_units(self, units: list[Unit]) -> int:
+        num_bytes = 0
+        for layer, group in units:
+            self._store.put(layer, group, self._checkpoint.load_unit(layer, group, self._dtype))
+            num_bytes += self._model.unit_bytes(layer)
+        return num_bytes
+
+    def export_unit(self, layer: int, group: int) -> bytes:
+        return self._store.export_unit(layer, group)
+
+    # --- KV ---------------------------------------------------------------------------------------------------
+
+    def export_kv(self, pipeline: str, layer: int, group: int, blocks: list[int], num_tokens: int) -> bytes:
+        pool = self._pool(pipeline)
+        if pool is None:
+            raise ProtocolError(f"no KV of pipeline {pipeline} on {self._rank}")
+        return pool.export_sequence(layer, group, blocks, num_tokens)
+
+    def _pool(self, pipeline: str) -> KvPool | None:
+        if pipeline in self._retired:
+            return self._retired[pipeline].pool
+        thread = self._running.get(pipeline)
+        return thread.parts.pool if thread is not None else None
+
+    async def pull_kv(self, request: PullRequest) -> PullReply:
+        thread = self._running.get(request.pipeline)
+        if thread is None:
+            return PullReply(ok=False, detail=f"{request.pipeline} does not run on {self._rank}")
+        position = thread.parts.position
+        wanted = {
+            (layer, group)
+            for layer in range(position.first_layer, position.last_layer + 1)
+            for group in range(position.first_group, position.last_group + 1)
+        }
+        by_holder: list[tuple[KvHolder, list[Unit]]] = []
+        for holder in request.source.holders:
+            units = sorted(unit for unit in wanted if _holds(holder, unit))
+            wanted.difference_update(units)
+            if units:
+                by_holder.append((holder, units))
+        if wanted:
+            return PullReply(ok=False, detail=f"nobody holds KV of (layer, head group) {min(wanted)}")
+        try:
+            moved = await asyncio.gather(
+                *(self._pull_from(holder, units, request, thread.parts.pool) for holder, units in by_holder)
+            )
+        except EngineError as error:
+            return PullReply(ok=False, detail=str(error))
+        is_local = [holder.rank == self._rank for holder, _ in by_holder]
+        return PullReply(
+            ok=True,
+            pulled_bytes=sum(n for n, local in zip(moved, is_local, strict=True) if not local),
+            local_bytes=sum(n for n, local in zip(moved, is_local, strict=True) if local),
+        )
+
+    async def _pull_from(self, holder: KvHolder, units: list[Unit], request: PullRequest, pool: KvPool) -> int:
+        source = request.source
+        if holder.rank == self._rank:
+            return await asyncio.to_thread(self._copy_kv, units, request, pool)
+        fetch_request = FetchKv(
+            pipeline=source.pipeline, units=units, blocks=source.blocks, num_tokens=source.num_tokens
+        )
+        num_bytes = 0
+        async for (layer, group), data in fetch(holder.rank, holder.context_address, fetch_request):
+            pool.import_sequence(layer, group, request.blocks, source.num_tokens, data)
+            num_bytes += len(data)
+        return num_bytes
+
+    def _copy_kv(self, units: list[Unit], request: PullRequest, pool: KvPool) -> int:
+        source = request.source
+        num_bytes = 0
+        for layer, group in units:
+            data = self.export_kv(source.pipeline, layer, group, source.blocks, source.num_tokens)
+            pool.import_sequence(layer, group, request.blocks, source.num_tokens, data)
+            num_bytes += len(data)
+        return num_bytes
+
+    def release_kv(self, pipeline: str, request_id: str, choice: int) -> None:
+        retired = self._retired.get(pipeline)
+        if retired is not None:
+            retired.released.add((request_id, choice))
+            if len(retired.released) >= retired.num_parked:
+                del self._retired[pipeline]
+
+    def release_expired(self, now_s: float) -> list[str]:
+        """Free KV that nobody has asked for in time; the pipelines that were freed."""
+        limit_s = now_s - self._settings.parked_kv_s
+        expired = [name for name, retired in self._retired.items() if retired.stopped_at_s < limit_s]
+        for name in expired:
+            del self._retired[name]
+        return expired
+
+    def parked(self) -> dict[str, int]:
+        """Interrupted sequences whose KV is kept, by stopped pipeline."""
+        return {name: r.num_parked - len(r.released) for name, r in self._retired.items()}
+
+    def close(self) -> None:
+        """Give up everything; waits for the threads."""
+        for thread in list(self._running.values()):
+            thread.abort("the rank is stopping")
+        for thread in list(self._running.values()):
+            if not thread.join(_JOIN_TIMEOUT_S):
+                logger.warning("pipeline=%s event=thread_does_not_end", thread.id)
+        for pipeline in list(self._prepared):
+            self.discard(pipeline)
+
+
+def _default_memory_bytes(device: torch.device) -> int:
+    """A quarter of the machine's memory, since several ranks share it; nine tenths of a GPU's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1] * 9 // 10
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+def _holds(holder: KvHolder, unit: Unit) -> bool:
+    layer, group = unit
+    return holder.first_layer <= layer <= holder.last_layer and holder.first_group <= group <= holder.last_group
+
+
+def _close_communicator(communicator: Communicator | None) -> None:
+    if communicator is not None:
+        communicator.abort()
+
+
+def _abort_when_formed(forming: asyncio.Task[Communicator | None]) -> None:
+    """Nobody waits for this group any more; close it, so that its members hear of it."""
+    if not forming.cancelled() and forming.exception() is None:
+        _close_communicator(forming.result())

@@ -1,0 +1,449 @@
+"""A rank: follows the plan, runs its position on a backend, and speaks for the pipelines that it leads.
+
+Everything here runs on one event loop; what a backend tells from its threads is brought onto it first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from engine.backends.base import Backend, PrepareReport, RunningPipeline, Snapshot
+from engine.context.transport import ContextServer, as_ranges
+from engine.core.roles import Position, change_role, position_of
+from engine.core.scheduler import OutEntry, PullOrder
+from engine.errors import EngineError
+from engine.protocol import (
+    CancelRequest,
+    GenerateRequest,
+    PipelineState,
+    PullReply,
+    PullRequest,
+    RankReport,
+    RejectReason,
+    ReleaseKv,
+    ResendReply,
+    ResendRequest,
+    SubmitReply,
+    TokenFrame,
+)
+from engine.services.bus import Bus
+from engine.settings import EngineSettings
+from engine.telemetry import TRACEPARENT, RequestSpans
+from planner.protocol import Arrange, Phase, Plan, RankInventory, RankProgress, StepProfile
+
+logger = logging.getLogger(__name__)
+
+_STATE_POLL_S: Final = 0.05
+_STATE_PERIOD_S: Final = 1.0
+_REPORT_PERIOD_S: Final = 1.0
+_PLAN_POLL_S: Final = 2.0
+_PULL_TIMEOUT_S: Final = 15.0
+
+
+class _Led:
+    """A pipeline that this rank leads, running or stopped but still asked about."""
+
+    def __init__(self, position: Position, pipeline: RunningPipeline, spans: RequestSpans) -> None:
+        self.position = position
+        self.pipeline = pipeline
+        self.spans = spans
+        self.is_ready = False
+        self.subscriptions: list[Any] = []
+        self.published: PipelineState | None = None
+        self.published_at_s = 0.0
+        self.ended_at_s: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.ended_at_s is not None
+
+
+class RankService:
+    """One rank process. `run` returns when it is told to stop."""
+
+    def __init__(self, settings: EngineSettings, index: int, bus: Bus, backend: Backend) -> None:
+        self._settings = settings
+        self._rank = settings.rank_id(index)
+        self._bus = bus
+        self._backend = backend
+        self._loop = asyncio.get_running_loop()
+        self._server = ContextServer(backend)
+        self._context_address = ""
+        self._profile: StepProfile | None = None
+        self._plan: Plan | None = None
+        self._plan_lock = asyncio.Lock()
+        self._preparing: dict[str, asyncio.Task[None]] = {}
+        self._prepared: dict[str, Position] = {}
+        self._running: tuple[Position, RunningPipeline] | None = None
+        self._led: dict[str, _Led] = {}
+        self._outbox: asyncio.Queue[tuple[str, str, OutEntry]] = asyncio.Queue()
+        self._report_due = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def run(self) -> None:
+        """Serve until `stop`."""
+        self._context_address = await self._server.start(self._settings.host)
+        self._profile = await asyncio.to_thread(self._backend.profile)
+        bus = self._bus
+        await bus.subscribe(bus.engine.pull(self._rank), PullRequest, self._on_pull_request)
+        await bus.subscribe(bus.engine.release(self._rank), ReleaseKv, self._on_release)
+        await bus.subscribe(bus.planner.plan, Plan, self._on_plan_message)
+        await bus.subscribe(bus.planner.arrange, Arrange, self._on_arrange)
+        bus.on_reconnect(self._fetch_plan)
+        self._spawn(self._publish_reports())
+        self._spawn(self._publish_tokens())
+        self._spawn(self._publish_states())
+        self._spawn(self._poll_plan())
+        logger.info("rank ready rank=%s context=%s", self._rank, self._context_address)
+        await self._stopping.wait()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.close()
+        await asyncio.to_thread(self._backend.close)
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("rank=%s event=task_failed", self._rank, exc_info=error)
+
+    # --- the plan ---------------------------------------------------------------------------------------------
+
+    async def _on_plan_message(self, plan: Plan, _headers: dict[str, str]) -> None:
+        await self._follow(plan)
+
+    async def _fetch_plan(self) -> None:
+        plan = await self._bus.current_plan()
+        if plan is not None:
+            await self._follow(plan)
+
+    async def _poll_plan(self) -> None:
+        """A safety net under the announcements, and how a new rank gets its first plan."""
+        while True:
+            await self._fetch_plan()
+            await asyncio.sleep(_PLAN_POLL_S)
+
+    async def _follow(self, plan: Plan) -> None:
+        async with self._plan_lock:
+            if self._plan is not None and plan.epoch <= self._plan.epoch:
+                if plan.epoch < self._plan.epoch:
+                    logger.warning("event=stale_plan epoch=%d current=%d", plan.epoch, self._plan.epoch)
+                return
+            self._plan = plan
+            running = self._running[0].pipeline.id if self._running else None
+            change = change_role(plan, self._rank, running, frozenset({*self._prepared, *self._preparing}))
+            logger.info(
+                "rank=%s epoch=%d runs=%s abort=%s discard=%s prepare=%s",
+                self._rank,
+                plan.epoch,
+                running,
+                change.abort,
+                ",".join(change.discard),
+                change.prepare.pipeline.id if change.prepare else None,
+            )
+            for pipeline in change.discard:
+                self._discard(pipeline)
+            if change.abort is not None and self._running is not None:
+                self._running[1].abort(f"not in plan {plan.epoch}")
+            if change.prepare is not None:
+                position = change.prepare
+                self._preparing[position.pipeline.id] = self._spawn(self._prepare(plan, position))
+            self._start_if_free()
+            self._report_due.set()
+
+    def _discard(self, pipeline: str) -> None:
+        task = self._preparing.pop(pipeline, None)
+        if task is not None:
+            task.cancel()
+        self._prepared.pop(pipeline, None)
+        self._backend.discard(pipeline)
+
+    async def _prepare(self, plan: Plan, position: Position) -> None:
+        pipeline = position.pipeline.id
+        try:
+            report = await self._backend.prepare(position, plan.transfers.get(self._rank, []))
+        except (EngineError, OSError, RuntimeError, MemoryError) as error:
+            self._preparing.pop(pipeline, None)
+            logger.warning("rank=%s pipeline=%s event=prepare_failed cause=%s", self._rank, pipeline, error)
+            await self._progress(pipeline, Phase.PREPARE_FAILED, detail=str(error))
+            return
+        self._preparing.pop(pipeline, None)
+        if self._plan is None or position_of(self._plan, self._rank) is None:
+            self._backend.discard(pipeline)
+            return
+        self._prepared[pipeline] = position
+        await self._progress(pipeline, Phase.PREPARED, report=report)
+        self._report_due.set()
+        self._start_if_free()
+
+    def _start_if_free(self) -> None:
+        """Start what is prepared and still planned, once nothing runs here any more."""
+        if self._running is not None or self._plan is None:
+            return
+        position = position_of(self._plan, self._rank)
+        if position is None or position.pipeline.id not in self._prepared:
+            return
+        pipeline = position.pipeline.id
+        prepared = self._prepared.pop(pipeline)
+        running = self._backend.start(pipeline, self)
+        self._running = (prepared, running)
+        if prepared.leads:
+            self._led[pipeline] = _Led(prepared, running, RequestSpans(self._rank, pipeline))
+            self._spawn(self._listen(pipeline))
+        self._report_due.set()
+
+    async def _on_arrange(self, arrange: Arrange, _headers: dict[str, str]) -> None:
+        for pipeline in arrange.pipelines:
+            led = self._led.get(pipeline)
+            if led is None or led.is_over:
+                if led is not None or pipeline in self._prepared:
+                    # Stopped already, or never started: the planner did not hear it, or could not know.
+                    self._discard(pipeline)
+                    await self._progress(pipeline, Phase.STOPPED)
+            elif led.is_ready:
+                led.pipeline.arrange(arrange.deadline_s, arrange.migration_s)
+            else:
+                led.pipeline.abort("retired before it was ready")
+
+    async def _progress(
+        self, pipeline: str, phase: Phase, *, detail: str = "", report: PrepareReport | None = None
+    ) -> None:
+        epoch = self._plan.epoch if self._plan else 0
+        report = report or PrepareReport()
+        message = RankProgress(
+            rank=self._rank,
+            epoch=epoch,
+            pipeline=pipeline,
+            phase=phase,
+            at_s=time.time(),
+            detail=detail,
+            pulled_bytes=report.pulled_bytes,
+            pulled_from_disk_bytes=report.disk_bytes,
+            pull_s=report.pull_s,
+            regroup_s=report.regroup_s,
+        )
+        logger.info(
+            "rank=%s pipeline=%s phase=%s pulled_bytes=%d disk_bytes=%d pull_s=%.3f regroup_s=%.3f detail=%s",
+            self._rank,
+            pipeline,
+            phase,
+            report.pulled_bytes,
+            report.disk_bytes,
+            report.pull_s,
+            report.regroup_s,
+            detail,
+        )
+        await self._bus.publish(self._bus.planner.progress(epoch), message)
+
+    # --- what a pipeline tells (from its thread) --------------------------------------------------------------
+
+    def on_ready(self, pipeline: str) -> None:
+        self._call(self._ready, pipeline)
+
+    def on_entries(self, pipeline: str, entries: list[OutEntry]) -> None:
+        self._call(self._entries, pipeline, entries)
+
+    def on_pull(self, pipeline: str, order: PullOrder) -> None:
+        self._call(lambda: self._spawn(self._pull(pipeline, order)))
+
+    def on_stopped(self, pipeline: str, num_parked: int) -> None:
+        self._call(self._ended, pipeline, num_parked, Phase.STOPPED, "")
+
+    def on_broken(self, pipeline: str, cause: str) -> None:
+        self._call(self._ended, pipeline, 0, Phase.BROKEN, cause)
+
+    def _call(self, function: Callable[..., object], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # The loop is closed: the process is ending.
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _ready(self, pipeline: str) -> None:
+        if pipeline in self._led:
+            self._led[pipeline].is_ready = True
+        # Everybody has started, so nobody prepares from our weights for this pipeline any more.
+        self._backend.free_unneeded(pipeline)
+        self._spawn(self._progress(pipeline, Phase.STARTED))
+        self._report_due.set()
+
+    def _entries(self, pipeline: str, entries: list[OutEntry]) -> None:
+        led = self._led.get(pipeline)
+        now_s = time.time()
+        for out in entries:
+            if led is not None:
+                led.spans.entry(out.entry, now_s)
+            self._outbox.put_nowait((out.gateway, pipeline, out))
+
+    def _ended(self, pipeline: str, num_parked: int, phase: Phase, detail: str) -> None:
+        self._backend.ended(pipeline, num_parked)
+        if self._running is not None and self._running[0].pipeline.id == pipeline:
+            self._running = None
+        if pipeline in self._led:
+            self._led[pipeline].is_ready = False
+            self._led[pipeline].ended_at_s = time.time()
+        self._spawn(self._progress(pipeline, phase, detail=detail))
+        self._report_due.set()
+        self._start_if_free()
+
+    async def _pull(self, pipeline: str, order: PullOrder) -> None:
+        """Have every rank of the pipeline pull its part of a sequence's KV."""
+        led = self._led[pipeline]
+        request = PullRequest(
+            pipeline=pipeline,
+            request_id=order.key.request_id,
+            choice=order.key.choice,
+            source=order.source,
+            blocks=order.blocks,
+        )
+        started_s = time.perf_counter()
+        replies = await asyncio.gather(*(self._ask_to_pull(r, request) for r in led.position.pipeline.ranks()))
+        failed = [reply.detail for reply in replies if not reply.ok]
+        pull_s = time.perf_counter() - started_s
+        logger.info(
+            "pipeline=%s event=kv_pulled request=%s tokens=%d bytes=%d local_bytes=%d pull_s=%.3f failed=%s",
+            pipeline,
+            order.key.request_id,
+            order.source.num_tokens,
+            sum(reply.pulled_bytes for reply in replies),
+            sum(reply.local_bytes for reply in replies),
+            pull_s,
+            failed[:1],
+        )
+        led.pipeline.pull_done(order.key, ok=not failed, pull_s=pull_s)
+
+    async def _ask_to_pull(self, rank: str, request: PullRequest) -> PullReply:
+        if rank == self._rank:
+            return await self._backend.pull_kv(request)
+        reply = await self._bus.request(self._bus.engine.pull(rank), request, PullReply, _PULL_TIMEOUT_S)
+        return reply or PullReply(ok=False, detail=f"{rank} does not answer")
+
+    async def _on_pull_request(self, request: PullRequest, _headers: dict[str, str]) -> PullReply:
+        return await self._backend.pull_kv(request)
+
+    async def _on_release(self, message: ReleaseKv, _headers: dict[str, str]) -> None:
+        self._backend.release_kv(message.pipeline, message.request_id, message.choice)
+        self._report_due.set()
+
+    # --- requests to the pipelines that it leads --------------------------------------------------------------
+
+    async def _listen(self, pipeline: str) -> None:
+        led, engine = self._led[pipeline], self._bus.engine
+
+        async def submit(request: GenerateRequest, headers: dict[str, str]) -> SubmitReply:
+            if not led.is_ready:
+                return SubmitReply(accepted=False, reason=RejectReason.NOT_LEADER, detail=f"{pipeline} does not run")
+            led.spans.submitted(request, headers.get(TRACEPARENT), time.time())
+            return await led.pipeline.submit(request)
+
+        async def cancel(request: CancelRequest, _headers: dict[str, str]) -> None:
+            led.pipeline.cancel(request.request_id)
+
+        async def resend(request: ResendRequest, _headers: dict[str, str]) -> ResendReply:
+            entry = await led.pipeline.resend(request.request_id, request.choice, request.from_index)
+            return ResendReply(entry=entry)
+
+        led.subscriptions += [
+            await self._bus.subscribe(engine.submit(pipeline), GenerateRequest, submit),
+            await self._bus.subscribe(engine.cancel(pipeline), CancelRequest, cancel),
+            await self._bus.subscribe(engine.resend(pipeline), ResendRequest, resend),
+        ]
+
+    async def _publish_tokens(self) -> None:
+        """One frame a step for a gateway; when the connection is behind, several steps share one."""
+        while True:
+            batch = [await self._outbox.get()]
+            while not self._outbox.empty():
+                batch.append(self._outbox.get_nowait())
+            frames: dict[tuple[str, str], list[OutEntry]] = {}
+            for gateway, pipeline, out in batch:
+                frames.setdefault((gateway, pipeline), []).append(out)
+            epoch = self._plan.epoch if self._plan else 0
+            for (gateway, pipeline), entries in frames.items():
+                frame = TokenFrame(pipeline=pipeline, epoch=epoch, entries=[out.entry for out in entries])
+                await self._bus.publish(self._bus.engine.tokens(gateway, pipeline), frame)
+
+    async def _publish_states(self) -> None:
+        while True:
+            now_s = time.time()
+            for pipeline, led in list(self._led.items()):
+                state = self._state(led)
+                if state != led.published or now_s - led.published_at_s > _STATE_PERIOD_S:
+                    led.published, led.published_at_s = state, now_s
+                    await self._bus.publish(self._bus.engine.state(pipeline), state)
+            self._forget_expired(now_s)
+            await asyncio.sleep(_STATE_POLL_S)
+
+    def _state(self, led: _Led) -> PipelineState:
+        snapshot = led.pipeline.snapshot() if not led.is_over else Snapshot()
+        return PipelineState(
+            pipeline=led.position.pipeline.id,
+            epoch=self._plan.epoch if self._plan else 0,
+            ready=led.is_ready,
+            draining=led.is_over or led.pipeline.is_draining(),
+            running=snapshot.running,
+            waiting=snapshot.waiting,
+            free_slots=snapshot.free_slots if led.is_ready else 0,
+            total_kv_blocks=snapshot.total_kv_blocks,
+            free_kv_blocks=snapshot.free_kv_blocks,
+            deadline_s=self._deadline_s(led.position.pipeline.id),
+            parked=self._backend.parked().get(led.position.pipeline.id, 0),
+        )
+
+    def _deadline_s(self, pipeline: str) -> float | None:
+        retiring = self._plan.retiring if self._plan else []
+        return next((entry.deadline_s for entry in retiring if entry.pipeline.id == pipeline), None)
+
+    def _forget_expired(self, now_s: float) -> None:
+        """Stop answering for pipelines that ended long ago, and free the KV that nobody came for."""
+        self._backend.release_expired(now_s)
+        limit_s = now_s - self._settings.parked_kv_s
+        for pipeline, led in list(self._led.items()):
+            if led.ended_at_s is not None and led.ended_at_s < limit_s:
+                del self._led[pipeline]
+                for subscription in led.subscriptions:
+                    self._spawn(self._bus.unsubscribe(subscription))
+
+    # --- reports ----------------------------------------------------------------------------------------------
+
+    async def _publish_reports(self) -> None:
+        while True:
+            self._report_due.clear()
+            await self._bus.publish(self._bus.engine.report(self._rank), self._report())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_REPORT_PERIOD_S):
+                    await self._report_due.wait()
+
+    def _report(self) -> RankReport:
+        kv_tokens = 0
+        if self._running is not None and self._running[0].leads:
+            kv_tokens = self._running[1].snapshot().kv_tokens
+        inventory = RankInventory(
+            rank=self._rank,
+            device=self._settings.device,
+            memory_bytes=self._backend.memory_bytes,
+            context_address=self._context_address,
+            store_address=self._backend.store_address,
+            units=as_ranges(self._backend.units()),
+            pipeline=self._running[0].pipeline.id if self._running else None,
+            prepared=sorted(self._prepared),
+            kv_tokens=kv_tokens,
+        )
+        return RankReport(
+            inventory=inventory,
+            model=self._backend.model,
+            epoch=self._plan.epoch if self._plan else 0,
+            profile=self._profile,
+        )
