@@ -1,0 +1,598 @@
+import math
+
+import msgspec
+import pytest
+
+from engine.core.scheduler import ENDED_KEPT, ENDED_KEPT_S, CostEstimate, Scheduler, SchedulerLimits, SequenceKey
+from engine.core.sequence import Event, Sequence
+from engine.errors import ProtocolError, TransitionError
+from engine.protocol import (
+    FinishReason,
+    GenerateRequest,
+    KvHolder,
+    KvSource,
+    RejectReason,
+    ResumeStats,
+    SamplingParams,
+)
+
+EOS = 2
+PULL = CostEstimate(prefill_s_per_token=1.0, transfer_bytes_per_s=100.0, transfer_latency_s=1.0, kv_bytes_per_token=10)
+HOLDER = KvHolder(rank="r", context_address="a", first_layer=0, last_layer=1, first_group=0, last_group=1)
+
+
+def make_scheduler(cost=PULL, **limits):
+    defaults = {"num_blocks": 64, "block_tokens": 4, "max_batch": 8, "max_model_len": 100}
+    return Scheduler(SchedulerLimits(**(defaults | limits)), cost, "p0")
+
+
+def make_request(request_id="a", num_prompt=3, *, committed=(), source_tokens=None, **fields) -> GenerateRequest:
+    sampling = {"max_tokens": 8, "eos_token_ids": [EOS]} | fields.pop("sampling", {})
+    source = None
+    if source_tokens is not None:
+        source = KvSource(
+            pipeline="old",
+            num_tokens=source_tokens,
+            holders=[HOLDER],
+            deadline_s=fields.pop("source_deadline_s", None),
+        )
+    return GenerateRequest(
+        request_id=request_id,
+        gateway=fields.pop("gateway", "g"),
+        prompt_ids=fields.pop("prompt_ids", list(range(10, 10 + num_prompt))),
+        committed_ids=list(committed),
+        sampling=SamplingParams(**sampling),
+        kv_source=source,
+        **fields,
+    )
+
+
+def submit(scheduler, *args, now_s=0.0, **fields):
+    reply = scheduler.submit(make_request(*args, **fields), now_s)
+    assert reply.accepted, reply
+
+
+def run_step(scheduler, token_id=5, now_s=0.0):
+    """One tick and one step from beginning to end; its entries, the tick's among them."""
+    _, out = scheduler.tick(now_s)
+    step = scheduler.schedule(now_s)
+    if step is not None:
+        out += scheduler.commit(step.step_id, [token_id for s in step.slices if s.samples], now_s)
+    scheduler.check_invariants()
+    return [o.entry for o in out]
+
+
+def rows(step):
+    return {s.key.request_id: len(s.token_ids) for s in step.slices}
+
+
+# --- Submission ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"prompt_ids": []}, "prompt_ids"),
+        ({"prompt_ids": [1, -1]}, "prompt_ids"),
+        ({"prompt_ids": [1, 50]}, "prompt_ids"),
+        ({"committed": [50]}, "committed_ids"),
+        ({"sampling": {"max_tokens": 0}}, "sampling.max_tokens"),
+        ({"sampling": {"min_tokens": -1}}, "sampling.min_tokens"),
+        ({"sampling": {"temperature": -0.1}}, "sampling.temperature"),
+        ({"sampling": {"temperature": math.nan}}, "sampling.temperature"),
+        ({"sampling": {"temperature": math.inf}}, "sampling.temperature"),
+        ({"sampling": {"top_p": 0.0}}, "sampling.top_p"),
+        ({"sampling": {"top_p": 1.1}}, "sampling.top_p"),
+        ({"sampling": {"top_k": -1}}, "sampling.top_k"),
+        ({"sampling": {"min_p": 1.1}}, "sampling.min_p"),
+    ],
+)
+def test_invalid_request_names_its_field(fields, named):
+    scheduler = make_scheduler(vocab_size=50)
+    reply = scheduler.submit(make_request(**fields), 0.0)
+    assert (reply.accepted, reply.reason) == (False, RejectReason.INVALID)
+    assert reply.detail.startswith(named + ":")
+    assert scheduler.counts().waiting == 0
+
+
+def test_token_ids_are_not_bounded_without_a_vocabulary():
+    submit(make_scheduler(), prompt_ids=[10**6])
+
+
+def test_prompt_that_fills_the_model_is_too_long():
+    scheduler = make_scheduler(max_model_len=10)
+    assert scheduler.submit(make_request(num_prompt=10), 0.0).reason is RejectReason.TOO_LONG
+    submit(scheduler, num_prompt=9)
+    [entry] = run_step(scheduler)
+    assert entry.finish is FinishReason.LENGTH
+
+
+def test_sequence_that_can_never_fit_alone_is_too_long():
+    # 8 prompt + 5 generated tokens, of which the last is never fed: 12 tokens, 3 blocks.
+    scheduler = make_scheduler(num_blocks=3)
+    reply = scheduler.submit(make_request(num_prompt=8, sampling={"max_tokens": 6}), 0.0)
+    assert reply.reason is RejectReason.TOO_LONG
+    submit(scheduler, num_prompt=8, sampling={"max_tokens": 5})
+    entries = [entry for _ in range(5) for entry in run_step(scheduler)]
+    assert entries[-1].finish is FinishReason.LENGTH
+
+
+def test_waiting_is_bounded():
+    scheduler = make_scheduler(max_batch=1)
+    for number in range(4):
+        submit(scheduler, str(number))
+    assert scheduler.submit(make_request("4"), 0.0).reason is RejectReason.FULL
+    # A newer attempt of one that waits needs no room.
+    submit(scheduler, "3", attempt=1)
+    scheduler.tick(0.0)
+    submit(scheduler, "4")
+
+
+def test_draining_takes_nothing_new_and_finishes_what_it_has():
+    scheduler = make_scheduler()
+    submit(scheduler, sampling={"max_tokens": 1})
+    scheduler.drain()
+    assert scheduler.submit(make_request("b"), 0.0).reason is RejectReason.DRAINING
+    submit(scheduler)
+    [entry] = run_step(scheduler)
+    assert entry.finish is FinishReason.LENGTH
+    assert scheduler.counts().free_slots == 0
+
+
+def test_attempts():
+    scheduler = make_scheduler()
+    submit(scheduler, attempt=1)
+    submit(scheduler, attempt=1)
+    assert scheduler.counts().waiting == 1
+    stale = scheduler.submit(make_request(attempt=0), 0.0)
+    assert (stale.reason, stale.detail) == (RejectReason.INVALID, "attempt: stale attempt, 1 is known")
+    run_step(scheduler, token_id=5)
+    submit(scheduler, attempt=2, committed=[5, 6])
+    [entry] = run_step(scheduler, token_id=7)
+    assert (entry.attempt, entry.index, entry.ids) == (2, 2, [7])
+
+
+def test_newer_attempt_waits_until_the_older_has_left_its_step():
+    scheduler = make_scheduler(num_micro_batches=2)
+    submit(scheduler)
+    scheduler.tick(0.0)
+    step = scheduler.schedule(0.0)
+    submit(scheduler, attempt=1)
+    submit(scheduler, "b")
+    scheduler.tick(0.0)
+    assert scheduler.counts().running == 1
+    assert rows(scheduler.schedule(0.0)) == {"b": 3}
+    assert scheduler.commit(step.step_id, [5], 0.0) == []
+    scheduler.tick(0.0)
+    assert rows(scheduler.schedule(0.0)) == {"a": 3}
+    scheduler.check_invariants()
+
+
+def test_same_attempt_of_an_ended_sequence_is_not_run_again():
+    scheduler = make_scheduler()
+    submit(scheduler, sampling={"max_tokens": 1})
+    run_step(scheduler)
+    submit(scheduler, sampling={"max_tokens": 1})
+    assert run_step(scheduler) == []
+    submit(scheduler, attempt=1, sampling={"max_tokens": 1})
+    assert len(run_step(scheduler)) == 1
+
+
+# --- Steps -----------------------------------------------------------------------------------------------------
+
+
+def test_long_prompt_is_prefilled_in_chunks_beside_decodes():
+    scheduler = make_scheduler(max_step_tokens=4)
+    submit(scheduler, "short", num_prompt=2)
+    run_step(scheduler)
+    submit(scheduler, "long", num_prompt=7)
+    steps = []
+    for _ in range(4):
+        scheduler.tick(0.0)
+        steps.append(scheduler.schedule(0.0))
+        scheduler.commit(steps[-1].step_id, [5] * sum(s.samples for s in steps[-1].slices), 0.0)
+    assert [rows(step).get("long") for step in steps] == [3, 3, 1, 1]
+    assert [rows(step)["short"] for step in steps] == [1, 1, 1, 1]
+    long = [step.slices[-1] for step in steps[:2]] + [s for s in steps[2].slices if s.key.request_id == "long"]
+    assert [(s.context_tokens, s.samples, len(s.blocks)) for s in long] == [
+        (0, False, 1),
+        (3, False, 2),
+        (6, True, 2),
+    ]
+    assert [token_id for s in long for token_id in s.token_ids] == list(range(10, 17))
+
+
+@pytest.mark.parametrize(("num_sequences", "sizes"), [(8, [2, 2, 2, 2]), (6, [2, 2, 1, 1]), (2, [1, 1, 0, 0])])
+def test_sequences_are_spread_over_the_micro_batches(num_sequences, sizes):
+    scheduler = make_scheduler(num_micro_batches=4)
+    for number in range(num_sequences):
+        submit(scheduler, str(number), num_prompt=1, sampling={"max_tokens": 50})
+    scheduler.tick(0.0)
+    steps = [scheduler.schedule(0.0) for _ in range(4)]
+    assert [len(step.slices) if step else 0 for step in steps] == sizes
+    assert scheduler.schedule(0.0) is None
+
+
+def test_newcomers_do_not_all_stay_in_the_micro_batch_that_met_them():
+    scheduler = make_scheduler(num_micro_batches=2)
+    submit(scheduler, "0", num_prompt=1, sampling={"max_tokens": 50})
+    scheduler.tick(0.0)
+    steps = [scheduler.schedule(0.0)]
+    for number in range(1, 8):
+        submit(scheduler, str(number), num_prompt=1, sampling={"max_tokens": 50})
+    scheduler.tick(0.0)
+    for _ in range(6):
+        steps.append(scheduler.schedule(0.0))
+        done = steps.pop(0)
+        scheduler.commit(done.step_id, [5] * len(done.slices), 0.0)
+    steps.append(scheduler.schedule(0.0))
+    assert [len(step.slices) for step in steps] == [4, 4]
+
+
+def test_commit_refuses_what_it_did_not_order():
+    scheduler = make_scheduler()
+    submit(scheduler)
+    scheduler.tick(0.0)
+    step = scheduler.schedule(0.0)
+    with pytest.raises(ProtocolError, match="step 99 is not in flight"):
+        scheduler.commit(99, [], 0.0)
+    with pytest.raises(ProtocolError, match="samples 1 tokens, not 2"):
+        scheduler.commit(step.step_id, [5, 6], 0.0)
+    [out] = scheduler.commit(step.step_id, [5], 0.0)
+    assert (out.gateway, out.entry.ids) == ("g", [5])
+    with pytest.raises(ProtocolError, match="is not in flight"):
+        scheduler.commit(step.step_id, [5], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "token_ids", "finish"),
+    [
+        ({"max_tokens": 3}, [5, 5, 5], FinishReason.LENGTH),
+        ({}, [5, EOS], FinishReason.STOP),
+        ({"ignore_eos": True, "max_tokens": 3}, [EOS, 5, EOS], FinishReason.LENGTH),
+        ({"stop_token_ids": [7]}, [5, 5, 7], FinishReason.STOP),
+        ({"min_tokens": 2}, [EOS, EOS], FinishReason.STOP),
+        ({"min_tokens": 2, "stop_token_ids": [7]}, [7, 5, 7], FinishReason.STOP),
+        ({"max_tokens": 50}, [5] * 7, FinishReason.LENGTH),  # max_model_len
+    ],
+)
+def test_finish(sampling, token_ids, finish):
+    scheduler = make_scheduler(max_model_len=10)
+    submit(scheduler, sampling=sampling)
+    entries = [entry for token_id in token_ids for entry in run_step(scheduler, token_id)]
+    assert [entry.ids for entry in entries] == [[token_id] for token_id in token_ids]
+    assert [entry.finish for entry in entries] == [None] * (len(token_ids) - 1) + [finish]
+    assert run_step(scheduler) == []
+    assert scheduler.counts().free_kv_blocks == 64
+
+
+def test_youngest_is_evicted_and_starts_again_with_its_tokens():
+    scheduler = make_scheduler(num_blocks=5, block_tokens=2)
+    submit(scheduler, "old", num_prompt=2)
+    submit(scheduler, "young", num_prompt=2)
+    for _ in range(3):
+        run_step(scheduler)
+    # Both want a third block, one is left.
+    assert scheduler.counts().free_kv_blocks == 1
+    scheduler.tick(0.0)
+    step = scheduler.schedule(0.0)
+    assert rows(step) == {"old": 1}
+    assert scheduler.counts().waiting == 0
+    scheduler.commit(step.step_id, [5], 0.0)
+    run_step(scheduler)
+    run_step(scheduler)
+    assert scheduler.counts().waiting == 1
+    entries = [entry for _ in range(20) for entry in run_step(scheduler)]
+    ends = [(entry.request_id, entry.finish) for entry in entries if entry.finish]
+    assert ends == [("old", FinishReason.LENGTH), ("young", FinishReason.LENGTH)]
+    young = [entry for entry in entries if entry.request_id == "young"]
+    assert [entry.index for entry in young] == list(range(young[0].index, 8))
+
+
+def test_admission_keeps_a_spare_block_for_each_that_runs():
+    scheduler = make_scheduler(num_blocks=6)
+    submit(scheduler, "a", num_prompt=8)
+    submit(scheduler, "b", num_prompt=12)
+    submit(scheduler, "c", num_prompt=1)
+    scheduler.tick(0.0)
+    assert scheduler.counts().running == 2
+    # c would fit, but not with a block to spare for a and b.
+    assert (scheduler.counts().waiting, scheduler.counts().free_kv_blocks) == (1, 1)
+
+
+def test_nobody_overtakes_the_one_that_does_not_fit_yet():
+    scheduler = make_scheduler(num_blocks=6)
+    submit(scheduler, "a", num_prompt=8)
+    submit(scheduler, "big", num_prompt=15)
+    submit(scheduler, "small", num_prompt=1)
+    scheduler.tick(0.0)
+    assert scheduler.counts().running == 1
+
+
+def test_resumed_sequences_go_before_new_ones():
+    scheduler = make_scheduler(max_batch=1)
+    submit(scheduler, "new")
+    submit(scheduler, "resumed", committed=[5])
+    scheduler.tick(0.0)
+    assert rows(scheduler.schedule(0.0)) == {"resumed": 4}
+
+
+def test_aborted_steps_run_again():
+    scheduler = make_scheduler(num_micro_batches=2)
+    submit(scheduler, "a")
+    submit(scheduler, "b")
+    scheduler.tick(0.0)
+    before = [scheduler.schedule(0.0), scheduler.schedule(0.0)]
+    scheduler.cancel("b", 0.0)
+    scheduler.abort_steps()
+    scheduler.check_invariants()
+    assert scheduler.counts().steps_in_flight == 0
+    assert scheduler.counts().free_kv_blocks == 63
+    assert scheduler.schedule(0.0).slices == before[0].slices
+
+
+# --- Resume ----------------------------------------------------------------------------------------------------
+
+
+def test_pulled_kv_leaves_one_row_to_feed():
+    scheduler = make_scheduler()
+    submit(scheduler, num_prompt=10, committed=[5, 6], source_tokens=11)
+    [order], _ = scheduler.tick(0.0)
+    assert (order.source.num_tokens, len(order.blocks), order.source.holders) == (11, 3, [HOLDER])
+    assert scheduler.schedule(0.0) is None
+    scheduler.pull_done(order.key, True, 0.25, 0.5)
+    step = scheduler.schedule(0.5)
+    [s] = step.slices
+    assert (s.token_ids, s.context_tokens, s.index, s.blocks) == ([6], 11, 2, order.blocks)
+    [out] = scheduler.commit(step.step_id, [7], 1.5)
+    assert out.entry.index == 2
+    assert out.entry.resume == ResumeStats(pulled_tokens=11, recomputed_tokens=0, pull_s=0.25, waited_s=1.5)
+    [entry] = run_step(scheduler)
+    assert entry.resume is None
+
+
+def test_partial_pull_prefills_the_rest():
+    scheduler = make_scheduler()
+    submit(scheduler, num_prompt=10, committed=[5, 6], source_tokens=8)
+    [order], _ = scheduler.tick(0.0)
+    assert len(order.blocks) == 2
+    scheduler.pull_done(order.key, True, 0.25, 0.0)
+    step = scheduler.schedule(0.0)
+    assert step.slices[0].token_ids == [18, 19, 5, 6]
+    [out] = scheduler.commit(step.step_id, [7], 0.0)
+    assert (out.entry.resume.pulled_tokens, out.entry.resume.recomputed_tokens) == (8, 0)
+
+
+def test_last_known_token_is_fed_even_if_its_kv_is_held():
+    scheduler = make_scheduler()
+    submit(scheduler, num_prompt=10, source_tokens=14)
+    [order], _ = scheduler.tick(0.0)
+    assert order.source.num_tokens == 9
+    scheduler.pull_done(order.key, True, 0.25, 0.0)
+    assert scheduler.schedule(0.0).slices[0].token_ids == [19]
+
+
+def test_failed_pull_is_recomputed():
+    scheduler = make_scheduler()
+    submit(scheduler, num_prompt=10, committed=[5, 6], source_tokens=11)
+    [order], _ = scheduler.tick(0.0)
+    scheduler.pull_done(order.key, False, 2.0, 2.0)
+    scheduler.check_invariants()
+    [entry] = run_step(scheduler)
+    assert (entry.resume.pulled_tokens, entry.resume.recomputed_tokens, entry.resume.pull_s) == (0, 11, 2.0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_prompt": 2, "source_tokens": 1},  # recompute is sooner
+        {"num_prompt": 20, "source_tokens": 0},
+        {"num_prompt": 20, "source_tokens": 19, "source_deadline_s": 2.0},  # gone before it is here
+        {"num_prompt": 20, "committed": [5]},
+    ],
+)
+def test_kv_not_worth_pulling_is_recomputed(fields):
+    scheduler = make_scheduler()
+    submit(scheduler, **fields)
+    assert scheduler.tick(0.0)[0] == []
+    assert scheduler.schedule(0.0).slices[0].context_tokens == 0
+
+
+def test_pull_is_sooner_compares_with_the_prefill_of_the_same_tokens():
+    # 1 s + 0.1 s a token against 1 s a token.
+    assert [PULL.pull_is_sooner(n, 100) for n in (0, 1, 2, 50)] == [False, False, True, True]
+    assert not PULL.pull_is_sooner(50, 1)
+
+
+def test_complete_resume_finishes_at_once():
+    scheduler = make_scheduler()
+    submit(scheduler, num_prompt=3, committed=[5, EOS])
+    _, [out] = scheduler.tick(0.0)
+    assert (out.entry.index, out.entry.ids, out.entry.finish) == (2, [], FinishReason.STOP)
+    assert scheduler.counts().running == scheduler.counts().waiting == 0
+    scheduler.check_invariants()
+
+
+def test_pull_done_without_a_pull_is_refused():
+    scheduler = make_scheduler()
+    submit(scheduler)
+    for key in (SequenceKey("a", 0), SequenceKey("b", 0)):
+        with pytest.raises(ProtocolError, match="no pull in flight"):
+            scheduler.pull_done(key, True, 0.0, 0.0)
+
+
+# --- Ends ------------------------------------------------------------------------------------------------------
+
+
+def test_cancel_ends_all_choices_and_frees_blocks_when_the_step_returns():
+    scheduler = make_scheduler()
+    submit(scheduler, "a")
+    submit(scheduler, "a", choice=1)
+    submit(scheduler, "b")
+    scheduler.tick(0.0)
+    step = scheduler.schedule(0.0)
+    out = scheduler.cancel("a", 0.0)
+    assert [(o.entry.choice, o.entry.finish) for o in out] == [
+        (0, FinishReason.CANCELLED),
+        (1, FinishReason.CANCELLED),
+    ]
+    assert scheduler.counts().free_kv_blocks == 61
+    [out] = scheduler.commit(step.step_id, [5, 5, 5], 0.0)
+    assert out.entry.request_id == "b"
+    assert scheduler.counts().free_kv_blocks == 63
+    assert scheduler.cancel("a", 0.0) == []
+    scheduler.check_invariants()
+
+
+def test_cancelled_pull_frees_its_blocks_when_it_returns():
+    scheduler = make_scheduler()
+    submit(scheduler, num_prompt=10, source_tokens=9)
+    [order], _ = scheduler.tick(0.0)
+    assert len(scheduler.cancel("a", 0.0)) == 1
+    assert scheduler.counts().free_kv_blocks == 61
+    scheduler.pull_done(order.key, True, 0.1, 0.1)
+    assert scheduler.counts().free_kv_blocks == 64
+    scheduler.check_invariants()
+
+
+def test_deadline_drops_waiting_and_running():
+    scheduler = make_scheduler(max_batch=1)
+    submit(scheduler, "a", deadline_s=10.0)
+    submit(scheduler, "b", deadline_s=20.0)
+    submit(scheduler, "c")
+    assert scheduler.next_deadline_s() == 10.0
+    assert [e.finish for e in run_step(scheduler, now_s=9.9)] == [None]
+    entries = run_step(scheduler, now_s=20.0)
+    assert [(e.request_id, e.finish, e.error) for e in entries] == [
+        ("a", FinishReason.ERROR, "deadline"),
+        ("b", FinishReason.ERROR, "deadline"),
+        ("c", None, None),
+    ]
+    assert scheduler.next_deadline_s() is None
+
+
+def test_park_keeps_kv_and_says_where_it_is():
+    scheduler = make_scheduler(max_batch=2)
+    submit(scheduler, "running", num_prompt=6, deadline_s=50.0)
+    run_step(scheduler)
+    submit(scheduler, "pulling", num_prompt=10, committed=[5], source_tokens=10)
+    submit(scheduler, "resumed", num_prompt=10, committed=[5], source_tokens=10)
+    submit(scheduler, "new")
+    [order], _ = scheduler.tick(0.0)
+    step = scheduler.schedule(0.0)
+    with pytest.raises(ProtocolError, match="in flight"):
+        scheduler.park("preempted", [HOLDER], 30.0)
+    scheduler.commit(step.step_id, [6], 0.0)
+    entries = {o.entry.request_id: o.entry for o in scheduler.park("preempted", [HOLDER], 30.0)}
+    scheduler.check_invariants()
+    sources = {name: entry.interruption.kv_source for name, entry in entries.items()}
+    assert sources["running"] == KvSource(pipeline="p0", num_tokens=7, holders=[HOLDER], blocks=[0, 1], deadline_s=30.0)
+    assert sources["pulling"] == order.source
+    assert sources["resumed"].pipeline == "old"
+    assert sources["new"] is None
+    assert all(entry.ids == [] and entry.finish is None for entry in entries.values())
+    assert entries["running"].index == 2
+    blocks, num_tokens = scheduler.blocks_of(SequenceKey("running", 0))
+    assert (len(blocks), num_tokens) == (2, 7)
+    counts = scheduler.counts()
+    assert (counts.parked, counts.running, counts.waiting, counts.free_slots) == (1, 0, 0, 0)
+    # Its client's deadline is another pipeline's business now.
+    assert scheduler.next_deadline_s() is None
+    assert scheduler.tick(60.0) == ([], [])
+    assert scheduler.submit(make_request("late"), 60.0).reason is RejectReason.DRAINING
+    assert scheduler.park("again", [HOLDER], 30.0) == []
+    scheduler.pull_done(order.key, True, 0.1, 60.0)
+    scheduler.release("pulling", 0)
+    scheduler.release("running", 0)
+    assert scheduler.counts().free_kv_blocks == 64
+    assert scheduler.blocks_of(SequenceKey("running", 0)) is None
+    scheduler.check_invariants()
+
+
+def test_park_without_holders_has_lost_its_kv():
+    scheduler = make_scheduler()
+    submit(scheduler)
+    run_step(scheduler)
+    [out] = scheduler.park("killed", [], None)
+    assert (out.entry.interruption.reason, out.entry.interruption.kv_source) == ("killed", None)
+    assert scheduler.counts().free_kv_blocks == 64
+
+
+def test_cancelled_parked_sequence_ends_without_an_entry():
+    scheduler = make_scheduler()
+    submit(scheduler)
+    run_step(scheduler)
+    scheduler.park("preempted", [HOLDER], None)
+    assert scheduler.cancel("a", 0.0) == []
+    assert scheduler.counts().free_kv_blocks == 64
+    scheduler.check_invariants()
+
+
+def test_release_leaves_a_live_sequence_alone():
+    scheduler = make_scheduler()
+    submit(scheduler)
+    run_step(scheduler)
+    scheduler.release("a", 0)
+    scheduler.release("unknown", 0)
+    assert scheduler.counts().running == 1
+
+
+def test_resend():
+    scheduler = make_scheduler()
+    submit(scheduler, committed=[5], sampling={"max_tokens": 3})
+    for token_id in (6, 7):
+        run_step(scheduler, token_id)
+    entry = scheduler.resend("a", 0, 0)
+    assert (entry.index, entry.ids, entry.finish) == (0, [5, 6, 7], FinishReason.LENGTH)
+    assert scheduler.resend("a", 0, 3).ids == []
+    assert scheduler.resend("a", 0, 4) is None
+    assert scheduler.resend("a", 0, -1) is None
+    assert scheduler.resend("a", 1, 0) is None
+
+
+def test_ended_sequences_are_kept_for_a_while_and_in_bounded_number():
+    scheduler = make_scheduler()
+    for number in range(ENDED_KEPT + 2):
+        submit(scheduler, str(number), sampling={"max_tokens": 1}, now_s=100.0)
+        run_step(scheduler, now_s=100.0)
+    scheduler.tick(100.0 + ENDED_KEPT_S - 1)
+    assert [scheduler.resend(str(n), 0, 0) is None for n in (0, 1, 2, ENDED_KEPT + 1)] == [True, True, False, False]
+    scheduler.tick(100.0 + ENDED_KEPT_S)
+    assert scheduler.resend(str(ENDED_KEPT + 1), 0, 0) is None
+
+
+# --- What keeps it honest --------------------------------------------------------------------------------------
+
+
+def test_unknown_transition_is_refused():
+    sequence = Sequence(make_request(), (1, 0), 0.0)
+    with pytest.raises(TransitionError, match="is waiting, which knows no event evict"):
+        sequence.apply(Event.EVICT)
+    assert sequence.state == "waiting"
+
+
+def test_broken_invariant_tells_the_story():
+    scheduler = make_scheduler()
+    submit(scheduler, "lost")
+    scheduler.tick(3.5)
+    scheduler._blocks.allocate(1)
+    with pytest.raises(AssertionError, match=r"(?s)1 references, 0 owners.*3\.5.*admit.*lost"):
+        scheduler.check_invariants()
+
+
+@pytest.mark.parametrize("name", ["num_blocks", "block_tokens", "max_batch", "max_model_len", "max_step_tokens"])
+def test_limits_are_checked(name):
+    with pytest.raises(ValueError, match=f"{name}: must be at least 1"):
+        make_scheduler(**{name: 0})
+
+
+def test_bandwidth_is_checked():
+    with pytest.raises(ValueError, match="transfer_bytes_per_s"):
+        CostEstimate(1.0, 0.0, 0.0, 1)
+
+
+def test_entries_survive_the_wire():
+    scheduler = make_scheduler()
+    submit(scheduler, committed=[5])
+    [entry] = run_step(scheduler)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(entry), type=type(entry)) == entry
