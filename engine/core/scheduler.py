@@ -360,9 +360,8 @@ class Scheduler:
                 break
             num_needed = self._blocks.blocks_for(len(sequence.tokens))
             # One block to spare for each one that grows, or it would soon evict what is admitted here.
-            if num_slots_taken and self._blocks.num_free < num_needed + num_slots_taken:
-                break
-            blocks = self._blocks.allocate(num_needed)
+            fits = self._blocks.num_free >= num_needed + num_slots_taken
+            blocks = self._blocks.allocate(num_needed) if fits else None
             if blocks is None:
                 break
             sequence.blocks = blocks

@@ -289,6 +289,22 @@ def test_youngest_is_evicted_and_starts_again_with_its_tokens():
     assert [entry.index for entry in young] == list(range(young[0].index, 8))
 
 
+def test_younger_waits_with_its_kv_for_a_block_while_the_older_is_in_a_step():
+    scheduler = make_scheduler(num_blocks=3, block_tokens=2, num_micro_batches=2, max_batch=2)
+    submit(scheduler, "old", num_prompt=2, sampling={"max_tokens": 3})
+    submit(scheduler, "young", num_prompt=2, sampling={"max_tokens": 3})
+    scheduler.tick(0.0)
+    for step in [scheduler.schedule(0.0), scheduler.schedule(0.0)]:
+        scheduler.commit(step.step_id, [5], 0.0)
+    step = scheduler.schedule(0.0)
+    assert rows(step) == {"old": 1}
+    assert scheduler.schedule(0.0) is None
+    assert (scheduler.counts().running, scheduler.counts().free_kv_blocks) == (2, 0)
+    scheduler.commit(step.step_id, [EOS], 0.0)
+    assert rows(scheduler.schedule(0.0)) == {"young": 1}
+    scheduler.check_invariants()
+
+
 def test_admission_keeps_a_spare_block_for_each_that_runs():
     scheduler = make_scheduler(num_blocks=6)
     submit(scheduler, "a", num_prompt=8)

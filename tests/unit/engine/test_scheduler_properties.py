@@ -27,7 +27,7 @@ from engine.protocol import (
 VOCAB_SIZE = 16
 EOS, STOP = 0, 1
 MAX_MODEL_LEN = 20
-MAX_PROMPT = 12
+MAX_PROMPT = 10
 NEVER_PULL = CostEstimate(1e-9, 1.0, 1.0, 1)
 ALWAYS_PULL = CostEstimate(1.0, 1e9, 0.0, 1)
 
@@ -127,7 +127,7 @@ class World(RuleBasedStateMachine):
         block_tokens = data.draw(st.integers(1, 5), label="block_tokens")
         num_min = -(-(MAX_MODEL_LEN - 1) // block_tokens)
         limits = SchedulerLimits(
-            num_blocks=data.draw(st.integers(num_min, 3 * num_min), label="num_blocks"),
+            num_blocks=data.draw(st.integers(num_min, num_min * 3 // 2), label="num_blocks"),
             block_tokens=block_tokens,
             max_batch=data.draw(st.integers(1, 6), label="max_batch"),
             max_model_len=MAX_MODEL_LEN,
@@ -191,18 +191,24 @@ class World(RuleBasedStateMachine):
 
     # --- Events ---
 
+    @precondition(lambda self: len(self.clients) < 20)
     @rule(
         prompt=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=MAX_PROMPT),
         choice=st.integers(0, 1),
-        max_tokens=st.integers(1, 10),
+        max_tokens=st.integers(1, 16),
         min_tokens=st.integers(0, 4),
         ignore_eos=st.booleans(),
         lifetime_s=st.none() | st.none() | st.integers(5, 60),
+        num_requests=st.integers(1, 4),
     )
-    def submit(self, prompt, choice, max_tokens, min_tokens, ignore_eos, lifetime_s):
-        key = SequenceKey(f"r{len(self.clients) // 2}", choice)
-        if key in self.clients:
-            return
+    def submit(self, num_requests, choice, **fields):
+        """A burst of like requests with different seeds; `choice` 1: two choices each."""
+        for _ in range(num_requests):
+            number = len(self.clients)
+            for c in range(choice + 1):
+                self.submit_one(SequenceKey(f"r{number}", c), c, **fields)
+
+    def submit_one(self, key, choice, prompt, max_tokens, min_tokens, ignore_eos, lifetime_s):
         sampling = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
@@ -241,6 +247,26 @@ class World(RuleBasedStateMachine):
         self.engine.steps.remove(step)
         sampled = self.engine.run(step)
         self.fold(self.engine.scheduler.commit(step.step_id, sampled, self.now_s))
+
+    @rule(num_rounds=st.integers(1, 8))
+    def run(self, num_rounds):
+        """Nothing special happens for a while."""
+        for _ in range(num_rounds):
+            self.round()
+
+    def round(self) -> None:
+        """Let pulls end, give each stage its step, and end the oldest step."""
+        self.tick()
+        for engine in self.engines:
+            for order in list(engine.pulls):
+                self.end_pull(engine, order, ok=True)
+        num_steps = -1
+        while num_steps < len(self.engine.steps):
+            num_steps = len(self.engine.steps)
+            self.schedule()
+        if self.engine.steps:
+            self.commit_step(self.engine.steps[0])
+        self.consistent()
 
     @precondition(lambda self: any(engine.pulls for engine in self.engines))
     @rule(data=st.data(), ok=st.booleans() | st.just(True))
@@ -300,8 +326,8 @@ class World(RuleBasedStateMachine):
             assert (entry.index, entry.ids, entry.attempt) == (index, client.ids[index:], client.attempt)
             assert entry.finish is client.finish
 
-    @precondition(lambda self: len(self.engines) < 4)
-    @rule(data=st.data(), broken=st.booleans(), lost=st.booleans())
+    @precondition(lambda self: len(self.engines) < 6 and self.engine.scheduler.counts().running)
+    @rule(data=st.data(), broken=st.booleans(), lost=st.sampled_from([False, False, False, True]))
     def interrupt(self, data, broken, lost):
         """The pipeline stops with its KV, or breaks in the middle of its steps with or without it."""
         engine = self.engine
@@ -352,18 +378,7 @@ class World(RuleBasedStateMachine):
             if all(client.finish is not None for client in self.clients.values()):
                 break
             self.send_homeless()
-            self.tick()
-            for engine in self.engines:
-                for order in list(engine.pulls):
-                    self.end_pull(engine, order, ok=True)
-            while len(self.engine.steps) < self.engine.limits.num_micro_batches:
-                num_steps = len(self.engine.steps)
-                self.schedule()
-                if len(self.engine.steps) == num_steps:
-                    break
-            if self.engine.steps:
-                self.commit_step(self.engine.steps[0])
-            self.consistent()
+            self.round()
         assert [c for c in self.clients.values() if c.finish is None] == [], "hangs"
         self.tokens_are_those_of_an_undisturbed_run()
         for engine in self.engines:
@@ -379,8 +394,8 @@ class World(RuleBasedStateMachine):
 
 TestWorld = World.TestCase
 TestWorld.settings = settings(
-    max_examples=120,
-    stateful_step_count=80,
+    max_examples=150,
+    stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
