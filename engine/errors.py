@@ -7,7 +7,13 @@ EngineError
 |   +-- BlockError          a KV block is shared or freed that nobody owns; names it
 +-- PipelineBroken          a member of the pipeline died or was told to give up
 +-- TransferError           context could not be fetched from a holder; names holder and unit
-    +-- CorruptTransfer     it arrived, but its checksum or size is wrong
+|   +-- CorruptTransfer     it arrived, but its checksum or size is wrong
++-- ModelError              a model cannot be served from what is there
+    +-- UnsupportedModel    its config.json asks for what this engine lacks; names the field
+    +-- InvalidModelConfig  a field of config.json is missing or senseless; names it
+    +-- MissingTensor       the checkpoint lacks a tensor or a file, or its shape is wrong; names both
+    +-- MissingUnit         a stage lacks units of its model context; names them
+    +-- CorruptUnit         the bytes of a unit or of a sequence's KV have the wrong size; names it
 """
 
 from __future__ import annotations
@@ -59,3 +65,41 @@ class TransferError(EngineError):
 
 class CorruptTransfer(TransferError):
     """The bytes arrived, but their checksum or size is wrong."""
+
+
+class ModelError(EngineError):
+    """A model cannot be served from what is there."""
+
+
+class UnsupportedModel(ModelError):
+    def __init__(self, field: str, value: object, supported: str) -> None:
+        super().__init__(f"config.json: {field} = {value!r} is not supported (supported: {supported})")
+        self.field = field
+        self.value = value
+
+
+class InvalidModelConfig(ModelError):
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"config.json: {field} {problem}")
+        self.field = field
+
+
+class MissingTensor(ModelError):
+    def __init__(self, tensor: str, file: str, problem: str = "is missing") -> None:
+        super().__init__(f"{file}: {tensor} {problem}")
+        self.tensor = tensor
+        self.file = file
+
+
+class MissingUnit(ModelError):
+    def __init__(self, units: list[tuple[int, int]]) -> None:
+        shown = ", ".join(f"layer {layer} group {group}" for layer, group in units[:8])
+        more = f" and {len(units) - 8} more" if len(units) > 8 else ""
+        super().__init__(f"model context lacks {shown}{more}")
+        self.units = units
+
+
+class CorruptUnit(ModelError):
+    def __init__(self, what: str, num_bytes: int, expected_bytes: int) -> None:
+        super().__init__(f"{what}: {num_bytes} bytes, expected {expected_bytes}")
+        self.what = what
