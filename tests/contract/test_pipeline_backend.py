@@ -1,0 +1,222 @@
+"""What every engine backend must do at the pipeline seam. The oracle is an undisturbed run on one rank."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.backends.torch import communicator
+from engine.backends.torch.backend import TorchBackend
+from engine.core.roles import Position
+from engine.errors import EngineError
+from engine.protocol import FinishReason
+from engine.settings import EngineSettings
+from tests.contract.fleet import Fleet, MakeBackend, Recorder, request, until
+from tests.tiny_model import make_tiny_model
+
+ONE, TWO, THREE = [["a"]], [["a"], ["b"]], [["a"], ["b"], ["c"]]
+TENSOR3 = [["a", "b", "c"]]
+PROMPTS = {f"r{i}": [5 + i, 17, 40 + 3 * i, 99, 120, 33 + i] * (1 + 3 * i) for i in range(4)}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(params=["torch"])
+def make_backend(request: pytest.FixtureRequest, model_dir: Path) -> MakeBackend:
+    """One entry for each backend that exists."""
+
+    def make(rank: str) -> TorchBackend:
+        settings = EngineSettings(
+            nats_url="nats://unused",
+            model="tiny",
+            model_dir=model_dir,
+            instance=rank,
+            reduction="fixed",
+            cache_dir=model_dir.parent / "cache",
+        )
+        return TorchBackend(settings, rank)
+
+    return make
+
+
+async def run_all(fleet: Fleet, pipeline: str, **sampling: float) -> dict[str, list[int]]:
+    recorder = fleet.recorders[pipeline]
+    for name, prompt in PROMPTS.items():
+        reply = await fleet.leaders[pipeline].submit(request(name, prompt, **sampling))
+        assert reply.accepted, reply
+    await until(lambda: all(has_finished(recorder, name) for name in PROMPTS))
+    return {name: recorder.tokens(name) for name in PROMPTS}
+
+
+def has_finished(recorder: Recorder, name: str) -> bool:
+    last = recorder.last(name)
+    return last is not None and last.finish is not None
+
+
+async def undisturbed(make_backend: MakeBackend, **sampling: float) -> dict[str, list[int]]:
+    async with Fleet(make_backend) as fleet:
+        await fleet.serve("p0", [["oracle"]])
+        return await run_all(fleet, "p0", **sampling)
+
+
+@pytest.mark.parametrize("shape", [TWO, THREE, TENSOR3, [["a", "b", "c"], ["d", "e", "f"]]])
+async def test_every_shape_gives_the_same_tokens(make_backend: MakeBackend, shape: list[list[str]]) -> None:
+    expected = await undisturbed(make_backend)
+    assert len({tuple(tokens) for tokens in expected.values()}) == len(PROMPTS)
+    async with Fleet(make_backend) as fleet:
+        await fleet.serve("p1", shape)
+        assert await run_all(fleet, "p1") == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(ONE, TWO), (TWO, THREE), (THREE, ONE), (ONE, TENSOR3), (TENSOR3, ONE), (THREE, [["d"]]), (ONE, [["d"]])],
+)
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 7}])
+async def test_arranged_sequences_resume_with_their_kv(
+    make_backend: MakeBackend, before: list[list[str]], after: list[list[str]], sampling: dict[str, float]
+) -> None:
+    expected = await undisturbed(make_backend, **sampling)
+    async with Fleet(make_backend) as fleet:
+        old = await fleet.serve("p1", before)
+        for name, prompt in PROMPTS.items():
+            await fleet.leaders["p1"].submit(request(name, prompt, **sampling))
+        await until(lambda: all(len(old.tokens(name)) >= 5 for name in PROMPTS))
+        pipeline = await fleet.pipeline("p2", after)
+        reports = await fleet.prepare(pipeline)
+        assert sum(report.disk_bytes for report in reports) == 0, "all weights are held by somebody"
+        fleet.leaders["p1"].arrange(None, 0.0)
+        await until(lambda: "p1" in old.stopped)
+        new = await fleet.start(pipeline)
+        for name, prompt in PROMPTS.items():
+            interrupted = old.last(name)
+            assert interrupted is not None
+            if interrupted.finish is not None:
+                continue
+            assert interrupted.interruption is not None
+            assert interrupted.interruption.kv_source is not None
+            resumed = request(
+                name,
+                prompt,
+                committed_ids=old.tokens(name),
+                kv_source=interrupted.interruption.kv_source,
+                attempt=1,
+                **sampling,
+            )
+            assert (await fleet.leaders["p2"].submit(resumed)).accepted
+        await until(lambda: all(has_finished(new, n) or has_finished(old, n) for n in PROMPTS))
+        for name in PROMPTS:
+            resumed_entries = [e for e in new.entries if e.request_id == name]
+            tokens = old.tokens(name)
+            for entry in resumed_entries:
+                assert entry.index == len(tokens)
+                tokens += entry.ids
+            assert tokens == expected[name]
+            if resumed_entries:
+                assert resumed_entries[0].resume is not None
+                assert resumed_entries[0].resume.recomputed_tokens == 0
+                assert resumed_entries[0].resume.pulled_tokens > 0
+
+
+async def test_a_lost_source_means_recompute_and_the_same_tokens(make_backend: MakeBackend) -> None:
+    expected = await undisturbed(make_backend)
+    async with Fleet(make_backend) as fleet:
+        old = await fleet.serve("p1", ONE)
+        await fleet.leaders["p1"].submit(request("r3", PROMPTS["r3"]))
+        await until(lambda: len(old.tokens("r3")) >= 5)
+        fleet.leaders["p1"].arrange(None, 0.0)
+        await until(lambda: "p1" in old.stopped)
+        interrupted = old.last("r3")
+        assert interrupted is not None
+        assert interrupted.interruption is not None
+        await fleet.lose("a")
+        new = await fleet.serve("p2", [["d"]])
+        await fleet.leaders["p2"].submit(
+            request(
+                "r3",
+                PROMPTS["r3"],
+                committed_ids=old.tokens("r3"),
+                kv_source=interrupted.interruption.kv_source,
+                attempt=1,
+            )
+        )
+        await until(lambda: has_finished(new, "r3"))
+        first = next(e for e in new.entries if e.ids)
+        assert first.resume is not None
+        assert first.resume.pulled_tokens == 0
+        assert first.resume.recomputed_tokens > 0
+        resumed = [token for entry in new.entries for token in entry.ids]
+        assert old.tokens("r3") + resumed == expected["r3"]
+
+
+async def test_an_aborted_pipeline_tells_every_rank(make_backend: MakeBackend) -> None:
+    async with Fleet(make_backend) as fleet:
+        recorder = await fleet.serve("p1", THREE)
+        await fleet.leaders["p1"].submit(request("r0", PROMPTS["r0"], max_tokens=500))
+        await until(lambda: len(recorder.tokens("r0")) >= 2)
+        fleet.leaders["p1"].abort("test")
+        await until(lambda: "p1" in recorder.broken)
+        # All three positions are free again: the ranks can take part in another pipeline.
+        again = await fleet.serve("p2", THREE)
+        await fleet.leaders["p2"].submit(request("r0", PROMPTS["r0"]))
+        await until(lambda: has_finished(again, "r0"))
+
+
+async def test_cancel_ends_a_request_and_frees_its_blocks(make_backend: MakeBackend) -> None:
+    async with Fleet(make_backend) as fleet:
+        recorder = await fleet.serve("p1", TWO)
+        leader = fleet.leaders["p1"]
+        await leader.submit(request("r0", PROMPTS["r0"], max_tokens=500))
+        await until(lambda: len(recorder.tokens("r0")) >= 2)
+        leader.cancel("r0")
+        await until(lambda: has_finished(recorder, "r0"))
+        last = recorder.last("r0")
+        assert last is not None
+        assert last.finish is FinishReason.CANCELLED
+        await until(lambda: leader.snapshot().free_kv_blocks == leader.snapshot().total_kv_blocks)
+
+
+async def test_the_log_is_resent_from_any_index_also_after_the_end(make_backend: MakeBackend) -> None:
+    async with Fleet(make_backend) as fleet:
+        recorder = await fleet.serve("p1", ONE)
+        leader = fleet.leaders["p1"]
+        await leader.submit(request("r0", PROMPTS["r0"]))
+        await until(lambda: has_finished(recorder, "r0"))
+        entry = await leader.resend("r0", 0, 3)
+        assert entry is not None
+        assert (entry.index, entry.ids) == (3, recorder.tokens("r0")[3:])
+        leader.arrange(None, 0.0)
+        await until(lambda: "p1" in recorder.stopped)
+        assert await leader.resend("r0", 0, 3) == entry
+        assert await leader.resend("unknown", 0, 0) is None
+        assert not (await leader.submit(request("r1", PROMPTS["r1"]))).accepted
+
+
+async def test_a_pipeline_under_notice_goes_on_until_its_deadline_allows(make_backend: MakeBackend) -> None:
+    async with Fleet(make_backend) as fleet:
+        recorder = await fleet.serve("p1", ONE, num_kv_blocks=128)
+        assert (await fleet.leaders["p1"].submit(request("r0", PROMPTS["r0"], max_tokens=1900))).accepted
+        await until(lambda: len(recorder.tokens("r0")) >= 1)
+        deadline_s = time.time() + 4.0  # The margin of 2 s and the migration of 0.5 s leave 1.5 s to decode.
+        before = len(recorder.tokens("r0"))
+        fleet.leaders["p1"].arrange(deadline_s, 0.5)
+        await until(lambda: "p1" in recorder.stopped)
+        assert deadline_s - 3.0 < time.time() < deadline_s - 0.5
+        assert len(recorder.tokens("r0")) > before + 5
+
+
+async def test_a_group_that_never_forms_is_an_error_that_names_the_pipeline(make_backend: MakeBackend) -> None:
+    async with Fleet(make_backend) as fleet:
+        pipeline = await fleet.pipeline("p1", TWO)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(communicator, "FORM_TIMEOUT_S", 0.5)
+            backend = fleet.backends["a"]
+            position = Position(pipeline, 0, 0, 1, dict(fleet._addresses))
+            with pytest.raises(EngineError, match="p1"):
+                await asyncio.wait_for(backend.prepare(position, []), 20)
