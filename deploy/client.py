@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import TypeVar
 
 import httpx
 import msgspec
+from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
@@ -16,6 +19,7 @@ from deploy.state import Running
 from planner.protocol import Message, PlannerSubjects, Status, StatusRequest
 
 REPLY_TIMEOUT_S = 5.0
+RETRY_DELAY_S = 0.2
 CONNECT_TIMEOUT_S = 3.0
 
 Reply = TypeVar("Reply", bound=Message)
@@ -54,11 +58,23 @@ async def fetch_requests(running: Running) -> RequestCounts:
         raise CommandError(f"the gateway at {running.endpoint} does not answer: {error}") from error
 
 
+async def _ask(client: Client, subject: str, payload: bytes) -> bytes:
+    """Ask again for a while where nobody listens: after a restart of NATS or of a part it is there in a moment."""
+    give_up_s = time.monotonic() + REPLY_TIMEOUT_S
+    while True:
+        try:
+            return (await client.request(subject, payload, timeout=REPLY_TIMEOUT_S)).data
+        except NoRespondersError:
+            if time.monotonic() > give_up_s:
+                raise
+            await asyncio.sleep(RETRY_DELAY_S)
+
+
 async def _request(running: Running, subject: str, message: Message, reply: type[Reply], who: str) -> Reply:
     client = await connect(running.nats_url, CONNECT_TIMEOUT_S)
     try:
-        answer = await client.request(subject, msgspec.msgpack.encode(message), timeout=REPLY_TIMEOUT_S)
-        return msgspec.msgpack.decode(answer.data, type=reply)
+        answer = await _ask(client, subject, msgspec.msgpack.encode(message))
+        return msgspec.msgpack.decode(answer, type=reply)
     except (NoRespondersError, TimeoutError) as error:
         raise CommandError(f"{who} does not answer: it may be starting; try again, or look at its log") from error
     except (NatsError, msgspec.DecodeError) as error:

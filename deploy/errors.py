@@ -133,5 +133,5 @@ class CommandError(DeployError):
 
 class SettingError(DeployError):
     def __init__(self, name: str, value: object, detail: str) -> None:
-        super().__init__(f"{name} = {value!r}: {detail}")
+        super().__init__(f"{name} {value!r}: {detail}")
         self.name = name

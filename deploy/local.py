@@ -87,6 +87,7 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._services: list[Service] = []
         self._cloud: LocalCloud | None = None
+        self._first_instance: Child | None = None
         self._bus: FleetBus | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._nats_url = settings.nats_url or ""
@@ -180,6 +181,7 @@ class Supervisor:
                 market,
             )
             child = await self._launch(program)
+            self._first_instance = self._first_instance or child
             self._say(f"{instance} is starting ({market}, {self._settings.ranks_per_instance} rank(s))")
             return child
 
@@ -219,17 +221,14 @@ class Supervisor:
     async def _wait_until_ready(self) -> None:
         """Until GET /ready is 200; raises PartFailedError when no instance is left that could make it so."""
         assert self._cloud is not None
-        wants_instances = self._settings.num_instances > 0
         give_up_s = time.monotonic() + self._settings.ready_timeout_s
         next_line_s = time.monotonic() + STILL_WAITING_S
-        known = dict(self._cloud.instances)
         async with httpx.AsyncClient(base_url=self._endpoint, timeout=2.0, trust_env=False) as client:
-            while wants_instances and not await _is_ready(client):
+            while self._settings.num_instances > 0 and not await _is_ready(client):
                 if not self._cloud.instances:
-                    part, instance = next(iter(known.items()), ("instances", None))
-                    log = self._state.log(part)
-                    last_words = instance.child.last_words() if instance else ""
-                    raise PartFailedError(part, f"ended before it could serve{last_words}", log)
+                    first = self._first_instance
+                    assert first is not None
+                    raise PartFailedError(first.name, f"ended before it could serve{first.last_words()}", first.log)
                 if time.monotonic() > give_up_s:
                     raise PartFailedError("gateway", "found no pipeline in time", self._state.log("gateway"))
                 if time.monotonic() > next_line_s:

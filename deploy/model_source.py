@@ -21,6 +21,8 @@ from deploy.errors import (
 
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
 HUB_FILES: Final = ["*.safetensors", "*.json", "*.jinja"]
+MAX_HEADER_BYTES: Final = 100_000_000
+"""The format's own limit; a damaged length must not make us read the whole file."""
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -64,10 +66,10 @@ def _count_in_file(file: Path) -> int:
     try:
         with file.open("rb") as content:
             (num_header_bytes,) = struct.unpack("<Q", content.read(8))
-            header = json.loads(content.read(num_header_bytes))
-    except (OSError, ValueError, struct.error) as error:
+            header = json.loads(content.read(min(num_header_bytes, MAX_HEADER_BYTES)))
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
         raise ModelIncompleteError(str(file.parent), file.name, "a damaged") from error
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 def _require(directory: Path, name: str) -> None:

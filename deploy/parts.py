@@ -17,15 +17,15 @@ MIB = 2**20
 class Commands(msgspec.Struct, frozen=True, kw_only=True):
     """The command line of each part; tests put stand-ins here."""
 
-    planner: list[str] = [sys.executable, "-m", "planner"]
-    gateway: list[str] = [sys.executable, "-m", "gateway"]
-    engine: list[str] = [sys.executable, "-m", "engine"]
+    planner: tuple[str, ...] = (sys.executable, "-m", "planner")
+    gateway: tuple[str, ...] = (sys.executable, "-m", "gateway")
+    engine: tuple[str, ...] = (sys.executable, "-m", "engine")
 
 
 def nats_program(binary: Path, port: int, store_dir: Path) -> Program:
     """The embedded server, on 127.0.0.1 alone."""
     options = ["--addr", "127.0.0.1", "--port", str(port), "--jetstream", "--store_dir", str(store_dir)]
-    return Program(name="nats", command=[str(binary), *options])
+    return Program(name="nats", command=(str(binary), *options))
 
 
 def planner_program(commands: Commands, settings: UpSettings, nats_url: str) -> Program:

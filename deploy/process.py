@@ -24,7 +24,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     """What to run: a command line, and what its environment has beside the inherited one."""
 
     name: str
-    command: list[str]
+    command: tuple[str, ...]
     environment: dict[str, str] = {}
 
 
