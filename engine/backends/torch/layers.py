@@ -26,7 +26,9 @@ BY_INPUT: Final = ("o", "down")
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN has packed matrices of `dtype` here."""
-    if device.type != "cpu" or dtype not in PACKED_DTYPES or not torch._C.has_mkldnn:
+    if device.type != "cpu" or dtype not in PACKED_DTYPES:
+        return False
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch has no types for it
         return False
     return dtype != torch.bfloat16 or bool(_onednn("_is_mkldnn_bf16_supported")())
 
