@@ -307,6 +307,8 @@ class Plan(Message, frozen=True, kw_only=True):
     """Of every rank that the plan names, as position, as holder or in a retiring pipeline."""
     explanation: Explanation
     next_pipeline_number: int
+    deadlines: dict[str, float] = {}
+    """When the instances under notice that `pipelines` still use go away; such pipelines have no replacement yet."""
     version: int = SCHEMA_VERSION
 
     def pipeline_of(self, rank: str) -> Pipeline | None:
@@ -377,13 +379,7 @@ class Status(Message, frozen=True, kw_only=True):
 
 
 PlannerInput = (
-    InstanceInventory
-    | InstanceStarting
-    | PreemptionNotice
-    | InstanceLost
-    | LoadReport
-    | RankProgress
-    | StatusRequest
+    InstanceInventory | InstanceStarting | PreemptionNotice | InstanceLost | LoadReport | RankProgress | StatusRequest
 )
 
 

@@ -1,0 +1,345 @@
+"""The planner's decisions: `PlannerState.handle(event, now_s)` returns the effects to carry out.
+
+It hears of instances, of progress and of load, decides when a new plan is due, and sees the current one through.
+Every decision starts from the newest inventories, so a second event in the middle of a migration needs no special care.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Collection, Iterable
+from typing import Final, assert_never
+
+from planner.core.config_optimizer import Targets
+from planner.core.effects import (
+    Effect,
+    Event,
+    ForgetInstance,
+    InstanceReached,
+    ProbeInstances,
+    PublishArrange,
+    PublishPlan,
+    Report,
+    Severity,
+    Tick,
+    WatchInstance,
+)
+from planner.core.fleet import Fleet, Sign
+from planner.core.invariants import check_plan
+from planner.core.load import Load
+from planner.core.planning import Situation, make_plan, retirement_kv_s
+from planner.core.rollout import Rollout
+from planner.core.setbacks import Setbacks
+from planner.errors import InventoryError, ModelMismatchError
+from planner.protocol import (
+    EMBEDDING_LAYER,
+    Explanation,
+    InstanceInventory,
+    InstanceLost,
+    InstanceStarting,
+    InstanceState,
+    LoadReport,
+    ModelShape,
+    Phase,
+    Pipeline,
+    Plan,
+    PreemptionNotice,
+    RankInventory,
+    RankProgress,
+    Status,
+    StepProfile,
+)
+
+JOIN_SETTLE_S: Final = 0.3
+"""Instances that join together get one plan."""
+BREAK_WAIT_S: Final = 0.3
+"""How long a broken pipeline waits for the lost instance that explains it."""
+RESTORE_HOLD_S: Final = 4.0
+"""How long a restarted planner waits for the instances of its plan: inventories come every 2 s."""
+HISTORY: Final = 20
+
+
+class PlannerState:
+    def __init__(self, targets: Targets) -> None:
+        self.targets = targets
+        self.fleet = Fleet()
+        self.plan: Plan | None = None
+        self.model: ModelShape | None = None
+        self.history: deque[Explanation] = deque(maxlen=HISTORY)
+        self._rollout = Rollout()
+        self._setbacks = Setbacks()
+        self._load = Load()
+        self._ruined: set[str] = set()
+        """Pipelines of the plan that failed although their ranks live."""
+        self._break_until_s: dict[str, float] = {}
+        """Broken pipelines whose lost instance is not known yet."""
+        self._decide_at_s = math.inf
+        self._causes: list[tuple[str, float]] = []
+        self._hold_until_s = -math.inf
+        self._awaited: set[str] = set()
+        """Instances of a restored plan that have not shown up yet."""
+
+    def restore(self, plan: Plan, history: Iterable[Explanation], gone: Collection[str], now_s: float) -> list[Effect]:
+        """Go on from the plan of an earlier planner; `history` newest first, `gone` the instances lost meanwhile.
+
+        No decision is made until the instances of the plan have shown up, or have had the time to.
+        """
+        self.plan, self.model = plan, plan.model
+        self.history.extend(history)
+        self._rollout.adopt(plan, {}, restored=True)
+        self._awaited = {shard.instance for p in plan.pipelines for stage in p.stages for shard in stage.shards}
+        self._hold_until_s = now_s + RESTORE_HOLD_S
+        lost = sorted(self._awaited.intersection(gone))
+        return [effect for name in lost for effect in self._lose(name, "while no planner ran", now_s, now_s)]
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """Raises PlannerError if the event must be dropped; the state is then as before."""
+        effects = self._hear(event, now_s)
+        return effects + self._advance(now_s)
+
+    def next_wakeup_s(self, now_s: float) -> float:
+        """When a `Tick` is due at the latest; infinite if nothing waits for time to pass."""
+        decide_at_s = max(self._decide_at_s, self._hold_until_s) if self._awaited else self._decide_at_s
+        return min(
+            decide_at_s,
+            self._hold_until_s if self._awaited else math.inf,
+            self._setbacks.next_wakeup_s(),
+            self._rollout.next_wakeup_s(now_s),
+            *self._break_until_s.values(),
+        )
+
+    def status(self, now_s: float) -> Status:
+        self.fleet.forget_old(now_s)
+        return Status(
+            epoch=self.plan.epoch if self.plan is not None else 0,
+            instances=self.fleet.statuses(),
+            plan=self.plan,
+            history=list(self.history),
+        )
+
+    # --- Hear ---
+
+    def _hear(self, event: Event, now_s: float) -> list[Effect]:
+        match event:
+            case InstanceInventory():
+                return self._hear_inventory(event, now_s)
+            case InstanceReached():
+                return self._hear_reached(event.instance, now_s)
+            case InstanceStarting():
+                self.fleet.apply(event.instance, Sign.LAUNCHED, now_s, event.market)
+            case PreemptionNotice():
+                return self._hear_notice(event, now_s)
+            case InstanceLost():
+                return self._lose(event.instance, event.reason, event.detected_at_s or now_s, now_s)
+            case LoadReport():
+                self._hear_load(event, now_s)
+            case RankProgress():
+                return self._hear_progress(event, now_s)
+            case Tick():
+                self.fleet.forget_old(now_s)
+            case _:
+                assert_never(event)
+        return []
+
+    def _hear_inventory(self, inventory: InstanceInventory, now_s: float) -> list[Effect]:
+        self._adopt_model(inventory)
+        effects: list[Effect] = []
+        name = inventory.instance
+        known = self.fleet.instances.get(name)
+        before = known.inventory if known is not None else None
+        if before is not None and before.liveness_address != inventory.liveness_address:
+            effects += self._lose(name, "its agent was restarted", now_s, now_s)
+        self.fleet.apply(name, Sign.ANNOUNCED, now_s, inventory.market)
+        instance = self.fleet.instances[name]
+        instance.inventory, instance.market = inventory, inventory.market
+        if not instance.reached:
+            return [*effects, WatchInstance(instance=name, address=inventory.liveness_address)]
+        self._rollout.note_inventory(inventory)
+        if before is not None and _identities(before.ranks) != _identities(inventory.ranks):
+            self._want_decision(f"the ranks of {name} have changed", now_s, now_s)
+        return effects
+
+    def _hear_reached(self, name: str, now_s: float) -> list[Effect]:
+        instance = self.fleet.instances.get(name)
+        if instance is None or instance.inventory is None or instance.reached or instance.state is InstanceState.LOST:
+            return []
+        self.fleet.apply(name, Sign.REACHED, now_s)
+        instance.reached = True
+        self._rollout.note_inventory(instance.inventory)
+        if name in self._awaited:
+            self._awaited.discard(name)
+            self._want_decision(f"instance {name} found again after the planner's restart", now_s, now_s)
+        else:
+            self._want_decision(f"instance {name} joined", now_s, now_s + JOIN_SETTLE_S)
+        ranks = ",".join(rank.rank for rank in instance.inventory.ranks)
+        return [Report(event="instance joined", fields={"instance": name, "ranks": ranks})]
+
+    def _hear_notice(self, notice: PreemptionNotice, now_s: float) -> list[Effect]:
+        known = self.fleet.instances.get(notice.instance)
+        if known is None and notice.deadline_s < now_s:
+            return []
+        self.fleet.apply(notice.instance, Sign.NOTICED, now_s)
+        instance = self.fleet.instances[notice.instance]
+        if instance.state is InstanceState.LOST or instance.deadline_s == notice.deadline_s:
+            return []
+        instance.deadline_s = notice.deadline_s
+        left_s = notice.deadline_s - now_s
+        self._want_decision(f"{notice.instance} will be preempted in {left_s:.1f} s", now_s, now_s)
+        return [Report(event="preemption notice", fields={"instance": notice.instance, "left_s": f"{left_s:.3f}"})]
+
+    def _lose(self, name: str, reason: str, detected_at_s: float, now_s: float) -> list[Effect]:
+        instance = self.fleet.instances.get(name)
+        was_reached = instance is not None and instance.reached
+        was_awaited = name in self._awaited
+        if was_awaited:
+            self._awaited.discard(name)
+            self.fleet.apply(name, Sign.LAUNCHED, now_s)  # the earlier planner knew it, this one has not seen it
+        if not self.fleet.apply(name, Sign.LOST, now_s):
+            return []
+        if was_reached or was_awaited:
+            self._want_decision(f"instance {name} lost: {reason}", detected_at_s, now_s)
+        return [
+            ForgetInstance(instance=name),
+            Report(
+                event="instance lost",
+                fields={"instance": name, "reason": reason, "detected_ago_s": f"{now_s - detected_at_s:.3f}"},
+                severity=Severity.WARNING,
+            ),
+        ]
+
+    def _hear_load(self, report: LoadReport, now_s: float) -> None:
+        self._load.note(report, now_s)
+        is_calm = self._rollout.is_all_prepared and not self._rollout.retirements
+        if self.model is None or not is_calm:
+            return
+        arrivals_per_s = self._load.workload(self.model.max_model_len, now_s).arrivals_per_s
+        change = self._load.change(arrivals_per_s, now_s)
+        if change is not None:
+            self._want_decision(change, now_s, now_s)
+
+    def _hear_progress(self, progress: RankProgress, now_s: float) -> list[Effect]:
+        self._rollout.note_progress(progress)
+        pipeline = self._current(progress.pipeline)
+        if pipeline is None or progress.pipeline in self._ruined:
+            return []
+        fields = {"pipeline": pipeline.id, "rank": progress.rank, "detail": progress.detail}
+        if progress.phase is Phase.PREPARE_FAILED:
+            self._ruin(pipeline, progress.rank, f"{progress.rank} could not prepare {pipeline.id}", now_s)
+            return [Report(event="prepare failed", fields=fields, severity=Severity.WARNING)]
+        if progress.phase is Phase.BROKEN and pipeline.id not in self._break_until_s:
+            self._break_until_s[pipeline.id] = now_s + BREAK_WAIT_S
+            instances = sorted({shard.instance for stage in pipeline.stages for shard in stage.shards})
+            return [
+                ProbeInstances(instances=instances),
+                Report(event="pipeline broken", fields=fields, severity=Severity.WARNING),
+            ]
+        return []
+
+    # --- Decide ---
+
+    def _advance(self, now_s: float) -> list[Effect]:
+        for name, until_s in list(self._break_until_s.items()):
+            pipeline = self._current(name)
+            if until_s <= now_s and pipeline is not None:
+                self._ruin(pipeline, None, f"{name} broke, and all its instances live", now_s)
+            if until_s <= now_s or pipeline is None:
+                del self._break_until_s[name]
+        for rank in self._setbacks.pop_expired(now_s):
+            self._want_decision(f"{rank} may be tried again", now_s, now_s)
+        effects = self._end_hold(now_s)
+        if not self._awaited and self._decide_at_s <= now_s:
+            effects += self._decide(now_s)
+        return effects + [PublishArrange(arrange=arrange) for arrange in self._rollout.due_arranges(now_s)]
+
+    def _end_hold(self, now_s: float) -> list[Effect]:
+        if not self._awaited or now_s < self._hold_until_s:
+            return []
+        reason = "not seen since the planner's restart"
+        return [effect for name in sorted(self._awaited) for effect in self._lose(name, reason, now_s, now_s)]
+
+    def _decide(self, now_s: float) -> list[Effect]:
+        causes, self._causes, self._decide_at_s = self._causes, [], math.inf
+        if self.model is None:
+            return []
+        situation = self._situation(self.model, causes, now_s)
+        self._load.note_decision(situation.workload.arrivals_per_s, now_s)
+        plan = make_plan(situation, now_s)
+        if plan is None:
+            return [Report(event="plan unchanged", fields={"cause": situation.cause})]
+        check_plan(plan, self.plan)
+        self.plan = plan
+        self.history.appendleft(plan.explanation)
+        migration_s = {r.pipeline.id: retirement_kv_s(situation, r) for r in plan.retiring if not r.broken}
+        self._rollout.adopt(plan, migration_s)
+        self._ruined &= {p.id for p in [*plan.pipelines, *(r.pipeline for r in plan.retiring)]}
+        return [PublishPlan(plan=plan)]
+
+    def _situation(self, model: ModelShape, causes: list[tuple[str, float]], now_s: float) -> Situation:
+        texts = list(dict.fromkeys(text for text, _ in causes))
+        return Situation(
+            model=model,
+            profile=self._profile(),
+            ranks=self.fleet.ranks(),
+            targets=self.targets,
+            workload=self._load.workload(model.max_model_len, now_s),
+            last=self.plan,
+            cause="; ".join(texts),
+            cause_at_s=min((at_s for _, at_s in causes), default=now_s),
+            excluded_ranks=self._setbacks.excluded(now_s),
+            ruined=frozenset(self._ruined),
+            settled=self._rollout.settled(),
+            untouched=self._rollout.untouched(),
+            open_retirements=self._rollout.open_retirements(),
+            revivable=self._rollout.revivable(),
+        )
+
+    def _want_decision(self, cause: str, cause_at_s: float, decide_at_s: float) -> None:
+        self._causes.append((cause, cause_at_s))
+        self._decide_at_s = min(self._decide_at_s, decide_at_s)
+
+    def _ruin(self, pipeline: Pipeline, culprit: str | None, cause: str, now_s: float) -> None:
+        self._ruined.add(pipeline.id)
+        retry_at_s = self._setbacks.note_failure(frozenset(pipeline.ranks()), culprit, now_s)
+        self._want_decision(cause, now_s, retry_at_s)
+
+    # --- Look up ---
+
+    def _adopt_model(self, inventory: InstanceInventory) -> None:
+        """Raises PlannerError if the inventory does not belong into this fleet."""
+        model = inventory.model
+        for rank in inventory.ranks:
+            for units in rank.units:
+                if units.first_layer < EMBEDDING_LAYER or units.last_layer > model.num_layers:
+                    raise InventoryError(inventory.instance, "units", f"{rank.rank} names layers outside the model")
+                if units.first_group < 0 or units.last_group >= model.num_head_groups:
+                    raise InventoryError(inventory.instance, "units", f"{rank.rank} names groups outside the model")
+        if self.model is None or self.model == model:
+            self.model = model
+            return
+        if any(i.is_alive for i in self.fleet.instances.values() if i.id != inventory.instance):
+            raise ModelMismatchError(inventory.instance, repr(model), repr(self.model))
+        self.model = model
+
+    def _current(self, pipeline: str) -> Pipeline | None:
+        """A pipeline of the plan, or one that it retires and that has not stopped yet."""
+        if self.plan is None:
+            return None
+        known = [*self.plan.pipelines, *(r.pipeline for r in self._rollout.open_retirements())]
+        return next((p for p in known if p.id == pipeline), None)
+
+    def _profile(self) -> StepProfile | None:
+        """Of the first living instance that has one: decisions must not change with the order of messages."""
+        return next(
+            (
+                instance.inventory.profile
+                for _, instance in sorted(self.fleet.instances.items())
+                if instance.is_alive and instance.inventory is not None and instance.inventory.profile is not None
+            ),
+            None,
+        )
+
+
+def _identities(ranks: list[RankInventory]) -> list[tuple[str, str, str, int]]:
+    """What a plan depends on; units and tokens change all the time."""
+    return sorted((r.rank, r.context_address, r.store_address, r.memory_bytes) for r in ranks)
