@@ -11,6 +11,7 @@ import time
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -128,11 +129,14 @@ class Supervisor:
         await self._start_nats(prepared.nats_binary)
         self._write_running()
         planner = planner_program(self._commands, self._settings, self._nats_url)
-        await self._wait_for_service(*await self._launch_service(planner))
+        service, child = await self._launch_service(planner)
+        await child.wait_until(lambda: child.has_said("planner ready"), PART_READY_TIMEOUT_S)
+        self._keep_running(service)
         gateway = gateway_program(self._commands, self._settings, self._nats_url, prepared.model_dir)
-        launched_gateway = await self._launch_service(gateway)
+        service, child = await self._launch_service(gateway)
         await self._start_cloud(prepared)  # the instances load while the gateway starts
-        await self._wait_for_service(*launched_gateway)
+        await child.wait_until(lambda: _accepts(self._endpoint), PART_READY_TIMEOUT_S)
+        self._keep_running(service)
         await self._wait_until_ready()
         self._say(f"ready: {self._settings.served_model_name}, {prepared.dtype}")
         self._print_next_commands()
@@ -142,7 +146,7 @@ class Supervisor:
             port = free_port()
             self._nats_url = f"nats://127.0.0.1:{port}"
             service, child = await self._launch_service(nats_program(binary, port, self._state.nats))
-            await child.wait_until(lambda: _accepts("127.0.0.1", port), PART_READY_TIMEOUT_S)
+            await child.wait_until(lambda: _accepts(self._nats_url), PART_READY_TIMEOUT_S)
             service.keep_running()
         client = await connect(self._nats_url)
         self._bus = FleetBus(client, self._settings.model_slug)
@@ -162,8 +166,7 @@ class Supervisor:
         self._services.append(service)
         return service, await service.start()
 
-    async def _wait_for_service(self, service: Service, child: Child) -> None:
-        await child.wait_until(lambda: child.has_said(f"{service.name} ready"), PART_READY_TIMEOUT_S)
+    def _keep_running(self, service: Service) -> None:
         service.keep_running()
         self._say(f"{service.name} is ready")
 
@@ -295,8 +298,10 @@ class Supervisor:
             child.signal_kill()
 
 
-def _accepts(host: str, port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=0.2):
+def _accepts(url: str) -> bool:
+    """Whether something listens there."""
+    address = urlsplit(url)
+    with contextlib.suppress(OSError), socket.create_connection((address.hostname, address.port), timeout=0.2):
         return True
     return False
 

@@ -12,6 +12,7 @@ from deploy.settings import UpSettings
 from planner.protocol import Market
 
 MIB = 2**20
+DRAIN_S = 1
 
 
 class Commands(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +55,8 @@ def gateway_program(commands: Commands, settings: UpSettings, nats_url: str, mod
         model_dir=model_dir,
         served_model_name=settings.served_model_name,
         max_model_len=settings.max_model_len,
+        # Ctrl-C stops the instances as well: there is nothing to wait for.
+        drain_s=DRAIN_S,
     )
     return Program(name="gateway", command=commands.gateway, environment=environment)
 

@@ -113,7 +113,8 @@ def test_options_that_are_not_given_stay_out_of_the_environment() -> None:
         "SPOTSERVE_PLANNER_MODEL": "SmolLM2-135M-Instruct",
     }
     assert set(gateway_program(commands, bare, "nats://n", Path("m")).environment) == {
-        f"SPOTSERVE_GATEWAY_{name}" for name in ("HOST", "PORT", "NATS_URL", "MODEL", "MODEL_DIR", "SERVED_MODEL_NAME")
+        f"SPOTSERVE_GATEWAY_{name}"
+        for name in ("HOST", "PORT", "NATS_URL", "MODEL", "MODEL_DIR", "SERVED_MODEL_NAME", "DRAIN_S")
     }
     full = settings(max_model_len=512, reduction="fixed", rank_memory_mb=3, stages=2, objective="latency")
     assert planner_program(commands, full, "nats://n").environment["SPOTSERVE_PLANNER_PIPELINE"] == "2"
