@@ -235,7 +235,9 @@ class Supervisor:
                 if time.monotonic() > give_up_s:
                     raise PartFailedError("gateway", "found no pipeline in time", self._state.log("gateway"))
                 if time.monotonic() > next_line_s:
-                    self._say(f"waiting for a pipeline ({', '.join(self._cloud.instances)} load the model)")
+                    self._say(
+                        f"waiting for a pipeline ({', '.join(self._cloud.instances)} load the model; logs: {self._state.logs})"
+                    )
                     next_line_s += STILL_WAITING_S
                 await asyncio.sleep(READY_POLL_S)
 
@@ -283,6 +285,7 @@ class Supervisor:
             task.cancel()
         if self._bus is not None:
             await self._bus.close()
+        await asyncio.gather(*(service.let_go() for service in self._services))
         hurry = asyncio.create_task(self._kill_all_when_hurried())
         nats = [service for service in self._services if service.name == "nats"]
         others = [service for service in self._services if service.name != "nats"]

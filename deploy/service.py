@@ -33,10 +33,13 @@ class Service:
         """Begin to watch it; call when it is ready for the first time."""
         self._watcher = asyncio.create_task(self._keep_running())
 
-    async def stop(self, grace_s: float) -> None:
+    async def let_go(self) -> None:
+        """Do not start it again; call for all parts before the first one is stopped."""
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.wait([self._watcher])
+
+    async def stop(self, grace_s: float) -> None:
         if self._child is not None:
             await self._child.stop(grace_s)
 
