@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 # Quiet but for what takes its time; pip's errors and warnings go to standard error as they are.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
-SHOW_PROGRESS := { grep --line-buffered -E '^ *(Downloading|Building|Installing)' | cut -c 1-110 || true; }
+SHOW_PROGRESS := { grep --line-buffered -E '^ *(Downloading|Installing collected)' | cut -c 1-110 || true; }
 
 .PHONY: help setup model up test check format lint types contracts bench clean
 

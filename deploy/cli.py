@@ -85,9 +85,11 @@ def up(
     reduction: Annotated[
         str | None, typer.Option(help="fast, or fixed: bit-identical results for every tensor degree.")
     ] = None,
-    pipelines: Annotated[int | None, typer.Option(help="At most this many pipelines.")] = None,
-    stages: Annotated[int | None, typer.Option(help="At most this many stages a pipeline.")] = None,
-    tensor: Annotated[int | None, typer.Option(help="At most this tensor degree.")] = None,
+    pipelines: Annotated[
+        int | None, typer.Option(help="Pipelines to aim for: this many, or the closest below.")
+    ] = None,
+    stages: Annotated[int | None, typer.Option(help="Stages of a pipeline to aim for.")] = None,
+    tensor: Annotated[int | None, typer.Option(help="Tensor degree to aim for.")] = None,
     objective: Annotated[str | None, typer.Option(help="latency or throughput.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Sequences that a pipeline decodes at once.")] = None,
     rank_memory_mb: Annotated[int | None, typer.Option(help="Weights and KV of one rank, in MiB.")] = None,

@@ -235,9 +235,8 @@ class Supervisor:
                 if time.monotonic() > give_up_s:
                     raise PartFailedError("gateway", "found no pipeline in time", self._state.log("gateway"))
                 if time.monotonic() > next_line_s:
-                    self._say(
-                        f"waiting for a pipeline ({', '.join(self._cloud.instances)} load the model; logs: {self._state.logs})"
-                    )
+                    names = ", ".join(self._cloud.instances)
+                    self._say(f"waiting for a pipeline ({names} load the model; logs: {self._state.logs})")
                     next_line_s += STILL_WAITING_S
                 await asyncio.sleep(READY_POLL_S)
 
