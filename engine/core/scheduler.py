@@ -419,7 +419,7 @@ class Scheduler:
         while blocks is None:
             # Those in a step come back; never evicting an older one for a younger makes sure that it ends.
             youngest = max(self._ready.values(), key=lambda s: s.priority)
-            if youngest.priority <= sequence.priority:
+            if youngest is sequence:
                 return False
             self._evict(youngest)
             blocks = self._blocks.allocate(num_missing)

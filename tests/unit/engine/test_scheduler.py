@@ -385,7 +385,35 @@ def test_last_known_token_is_fed_even_if_its_kv_is_held():
     [order], _ = scheduler.tick(0.0)
     assert order.source.num_tokens == 9
     scheduler.pull_done(order.key, True, 0.25, 0.0)
-    assert scheduler.schedule(0.0).slices[0].token_ids == [19]
+    step = scheduler.schedule(0.0)
+    assert step.slices[0].token_ids == [19]
+    [out] = scheduler.commit(step.step_id, [5], 0.0)
+    assert (out.entry.resume.pulled_tokens, out.entry.resume.recomputed_tokens) == (9, 0)
+
+
+def test_kv_evicted_after_its_pull_counts_as_recomputed():
+    scheduler = make_scheduler(num_blocks=6, block_tokens=2, max_batch=2)
+    submit(scheduler, "old", num_prompt=2, committed=[5], sampling={"max_tokens": 9})
+    submit(scheduler, "pulled", num_prompt=4, committed=[5], source_tokens=4)
+    [order], _ = scheduler.tick(0.0)
+    while scheduler.counts().free_kv_blocks or scheduler.blocks_of(SequenceKey("old", 0))[1] < 6:
+        run_step(scheduler)
+    scheduler.pull_done(order.key, True, 0.25, 0.0)
+    # Decodes take turns: the older is first, needs a block, and takes it from the one that was just pulled.
+    run_step(scheduler)
+    assert scheduler.counts().waiting == 1
+    scheduler.cancel("old", 0.0)
+    [entry] = run_step(scheduler)
+    assert (entry.resume.pulled_tokens, entry.resume.recomputed_tokens) == (0, 4)
+
+
+def test_kv_that_was_pulled_is_not_offered_again():
+    scheduler = make_scheduler()
+    submit(scheduler, num_prompt=10, source_tokens=9)
+    [order], _ = scheduler.tick(0.0)
+    scheduler.pull_done(order.key, True, 0.25, 0.0)
+    [out] = scheduler.park("killed", [], None)
+    assert out.entry.interruption.kv_source is None
 
 
 def test_failed_pull_is_recomputed():
@@ -458,6 +486,17 @@ def test_cancel_ends_all_choices_and_frees_blocks_when_the_step_returns():
     assert scheduler.counts().free_kv_blocks == 63
     assert scheduler.cancel("a", 0.0) == []
     scheduler.check_invariants()
+
+
+def test_pull_done_does_not_free_what_a_step_still_writes():
+    scheduler = make_scheduler()
+    submit(scheduler)
+    scheduler.tick(0.0)
+    scheduler.schedule(0.0)
+    scheduler.cancel("a", 0.0)
+    with pytest.raises(ProtocolError, match="no pull in flight"):
+        scheduler.pull_done(SequenceKey("a", 0), True, 0.0, 0.0)
+    assert scheduler.counts().free_kv_blocks == 63
 
 
 def test_cancelled_pull_frees_its_blocks_when_it_returns():
@@ -575,6 +614,16 @@ def test_ended_sequences_are_kept_for_a_while_and_in_bounded_number():
     assert [scheduler.resend(str(n), 0, 0) is None for n in (0, 1, 2, ENDED_KEPT + 1)] == [True, True, False, False]
     scheduler.tick(100.0 + ENDED_KEPT_S)
     assert scheduler.resend(str(ENDED_KEPT + 1), 0, 0) is None
+
+
+def test_newer_attempt_is_kept_as_long_as_any_other():
+    scheduler = make_scheduler()
+    for request_id, attempt, now_s in (("a", 0, 100.0), ("b", 0, 101.0), ("a", 1, 200.0)):
+        submit(scheduler, request_id, attempt=attempt, sampling={"max_tokens": 1}, now_s=now_s)
+        run_step(scheduler, now_s=now_s)
+    scheduler.tick(101.0 + ENDED_KEPT_S)
+    assert scheduler.resend("a", 0, 0).attempt == 1
+    assert scheduler.resend("b", 0, 0) is None
 
 
 # --- What keeps it honest --------------------------------------------------------------------------------------
