@@ -1,0 +1,105 @@
+"""POST /v1/chat/completions and /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from litestar import Request, post
+from litestar.types import ASGIApp
+
+from gateway.errors import TemplateRefused, bad_request
+from gateway.openai import (
+    DEFAULT_COMPLETION_TOKENS,
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    parse,
+    prompts_of,
+    template_messages,
+)
+from gateway.routes.replies import ClientGone, JsonReply, NoReply, StreamReply, json_body, unless_gone
+from gateway.services.answer import Answer
+from gateway.services.front import CHAT, COMPLETION, Front
+
+_LONG_BODY_BYTES = 64 * 1024
+"""Tokenizing more than this takes long enough to stall other streams, so it goes to a thread."""
+
+
+@post("/v1/chat/completions", status_code=200)
+async def chat_completions(request: Request[Any, Any, Any]) -> ASGIApp:
+    """Answer a conversation."""
+    front: Front = request.app.state.front
+    data = await json_body(request)
+    body = parse(data, ChatBody)
+    front.check_model(body.model)
+    prompt = await _maybe_in_thread(data, _chat_prompt, front, body)
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    answer = front.start(CHAT, body, [prompt], max_tokens, request.headers)
+    return await _reply(request, front, body, answer)
+
+
+@post("/v1/completions", status_code=200)
+async def completions(request: Request[Any, Any, Any]) -> ASGIApp:
+    """Continue prompts."""
+    front: Front = request.app.state.front
+    data = await json_body(request)
+    body = parse(data, CompletionBody)
+    front.check_model(body.model)
+    prompts = await _maybe_in_thread(data, _completion_prompts, front, body)
+    max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+    answer = front.start(COMPLETION, body, prompts, max_tokens, request.headers)
+    return await _reply(request, front, body, answer)
+
+
+async def _reply(request: Request[Any, Any, Any], front: Front, body: GenerationBody, answer: Answer) -> ASGIApp:
+    """The answer as a whole or as a stream; a stream begins with its first token, so early errors are plain."""
+    try:
+        if not body.stream:
+            whole = await unless_gone(request.receive, answer.body())
+            answer.close()
+            return JsonReply(whole)
+        events = answer.events(
+            include_usage=body.include_usage,
+            continuous_usage=body.continuous_usage,
+            keep_alive_s=front.settings.keep_alive_s,
+        )
+        first = await unless_gone(request.receive, _next(events))
+    except ClientGone:
+        answer.close()
+        return NoReply()
+    except BaseException:
+        answer.close()
+        raise
+    return StreamReply(first, events, answer.close)
+
+
+async def _next(events: Any) -> bytes:
+    data: bytes = await anext(events)
+    return data
+
+
+async def _maybe_in_thread(data: bytes, work: Any, *args: Any) -> Any:
+    if len(data) > _LONG_BODY_BYTES:
+        return await asyncio.to_thread(work, *args)
+    return work(*args)
+
+
+def _chat_prompt(front: Front, body: ChatBody) -> list[int]:
+    """Prompt ids of the rendered messages; the template writes the special tokens itself."""
+    try:
+        text = front.tokenizer.render_chat(template_messages(body.messages))
+    except TemplateRefused as error:
+        raise bad_request(f"The chat template refuses the messages: {error}"[:500], "messages") from error
+    return front.tokenizer.encode(text, add_special_tokens=False)
+
+
+def _completion_prompts(front: Front, body: CompletionBody) -> list[list[int]]:
+    add_special_tokens = body.add_special_tokens is not False
+    prompts = [
+        front.tokenizer.encode(prompt, add_special_tokens=add_special_tokens) if isinstance(prompt, str) else prompt
+        for prompt in prompts_of(body.prompt, front.tokenizer.vocab_size)
+    ]
+    if not all(prompts):
+        raise bad_request("prompt must have at least one token", "prompt")
+    return prompts

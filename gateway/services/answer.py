@@ -1,0 +1,136 @@
+"""From the running request to its answer: one fold a choice, as a stream of events or as one body."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from gateway.core import sse
+from gateway.core.fold import ChoiceFold, Delta, Detokenizer
+from gateway.core.response_format import ResponseFormat, Usage
+from gateway.errors import ApiError
+from gateway.services.dispatcher import Dispatcher
+from gateway.services.generation import Delivery, Generation
+from gateway.telemetry import RequestTrace
+
+
+class Answer:
+    """The answer to one request. Call `close` at the end, whatever happens: it stops what still runs."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        generation: Generation,
+        response_format: ResponseFormat,
+        detokenizer: Detokenizer,
+        stops: Sequence[str],
+        num_prompt_tokens: int,
+        trace: RequestTrace,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._generation = generation
+        self._format = response_format
+        self._folds = [ChoiceFold(detokenizer, stops) for _ in generation.names]
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_cached_tokens = 0
+        self._trace = trace
+        self._outcome: str | None = "client disconnected"
+        self._closed = False
+
+    @property
+    def usage(self) -> Usage:
+        """So far."""
+        num_completion_tokens = sum(fold.num_tokens for fold in self._folds)
+        return Usage(self._num_prompt_tokens, num_completion_tokens, self._num_cached_tokens)
+
+    async def deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+        """(choice, delta) until all choices have finished. Raises ApiError if the request fails."""
+        try:
+            while any(fold.finish_reason is None for fold in self._folds):
+                yield self._fold_new(await self._generation.next())
+        except ApiError as error:
+            self._outcome = error.message
+            raise
+        self._outcome = None
+
+    async def body(self) -> dict[str, Any]:
+        """The whole answer. Raises ApiError."""
+        texts: list[list[str]] = [[] for _ in self._folds]
+        ids: list[list[int]] = [[] for _ in self._folds]
+        async for deltas in self.deltas():
+            for index, delta in deltas:
+                texts[index].append(delta.text)
+                ids[index].extend(delta.token_ids)
+        reasons = [fold.finish_reason for fold in self._folds]
+        wholes = [Delta("".join(t), i, r) for t, i, r in zip(texts, ids, reasons, strict=True)]
+        return self._format.body(wholes, self.usage)
+
+    async def events(self, *, include_usage: bool, continuous_usage: bool, keep_alive_s: float) -> AsyncIterator[bytes]:
+        """The stream, a few events at a time; an error before the first one is raised, a later one is an event."""
+        began = False
+        source = self.deltas()
+        try:
+            async for deltas in _with_silence(source, keep_alive_s):
+                if deltas is None:
+                    if began:
+                        yield sse.KEEP_ALIVE
+                    continue
+                began = True
+                yield self._encode(deltas, include_usage=include_usage, continuous_usage=continuous_usage)
+        except ApiError as error:
+            if not began:
+                raise
+            yield sse.event(error.envelope()) + sse.DONE
+            return
+        usage_event = sse.event(self._format.usage_chunk(self.usage)) if include_usage else b""
+        yield usage_event + sse.DONE
+
+    def close(self) -> None:
+        """Stop what still runs; does nothing the second time."""
+        if self._closed:
+            return
+        self._closed = True
+        self._dispatcher.cancel(self._generation)
+        usage = self.usage
+        self._trace.end(
+            prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, error=self._outcome
+        )
+
+    def _fold_new(self, deliveries: Sequence[Delivery]) -> list[tuple[int, Delta]]:
+        deltas = []
+        for delivery in deliveries:
+            fold = self._folds[delivery.index]
+            if fold.finish_reason is not None:
+                continue
+            self._num_cached_tokens = max(self._num_cached_tokens, delivery.cached_tokens)
+            delta = fold.push(delivery.ids, delivery.finish)
+            deltas.append((delivery.index, delta))
+            if delta.finish_reason is not None and delivery.finish is None:
+                # A stop string: the engine does not know that it is done.
+                self._dispatcher.cancel(self._generation, delivery.index)
+        return deltas
+
+    def _encode(self, deltas: Sequence[tuple[int, Delta]], *, include_usage: bool, continuous_usage: bool) -> bytes:
+        chunks = [chunk for index, delta in deltas for chunk in self._format.chunks(index, delta)]
+        if include_usage or continuous_usage:
+            usage = self.usage.as_json() if continuous_usage else None
+            chunks = [{**chunk, "usage": usage} for chunk in chunks]
+        return b"".join(map(sse.event, chunks))
+
+
+async def _with_silence(
+    source: AsyncIterator[list[tuple[int, Delta]]], silence_s: float
+) -> AsyncIterator[list[tuple[int, Delta]] | None]:
+    """Items of `source`, and None after each `silence_s` without one (0: never)."""
+    while True:
+        upcoming = asyncio.ensure_future(anext(source, None))
+        try:
+            while not (await asyncio.wait({upcoming}, timeout=silence_s or None))[0]:
+                yield None
+        finally:
+            upcoming.cancel()
+        item = upcoming.result()
+        if item is None:
+            return
+        yield item

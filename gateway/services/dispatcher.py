@@ -1,0 +1,377 @@
+"""Drives the cores: queue -> router -> pipelines, and the token log back to the requests that wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import msgspec
+
+from engine.protocol import PipelineState, RejectReason, ReleaseKv, ResendRequest, SamplingParams, TokenFrame
+from gateway.core import request_state
+from gateway.core.admission_queue import AdmissionQueue
+from gateway.core.request_state import ChoiceState, Effect, Event, Phase
+from gateway.core.router import Fate, Router
+from gateway.errors import (
+    ApiError,
+    bad_request,
+    context_length_exceeded,
+    queue_full,
+    server_error,
+    unavailable,
+)
+from gateway.services.bus import Bus
+from gateway.services.generation import Delivery, Generation
+from gateway.settings import Settings
+from gateway.telemetry import ChoiceTrace, RequestTrace
+from planner.protocol import LoadReport, Plan
+
+_log = logging.getLogger(__name__)
+
+_TICK_S = 0.1
+_LOAD_REPORT_S = 1.0
+_LOAD_WINDOW_S = 30.0
+_REFUSED_BACKOFF_S = 0.1
+_HAND_BACK_S = 5.0
+"""A retiring pipeline without a deadline gets so long to hand its sequences back."""
+
+
+class ChoiceSpec(msgspec.Struct, frozen=True):
+    """One choice to generate; `choice` is its number among the samples of its prompt."""
+
+    choice: int
+    prompt_ids: list[int]
+    sampling: SamplingParams
+
+
+class _Running(msgspec.Struct):
+    state: ChoiceState
+    generation: Generation
+    index: int
+    trace: ChoiceTrace
+
+
+class Dispatcher:
+    """All live requests of this gateway. Everything runs in one event loop; only `close` waits."""
+
+    def __init__(self, settings: Settings, bus: Bus, clock: Callable[[], float] = time.time) -> None:
+        self._settings = settings
+        self._bus = bus
+        self._clock = clock
+        self.router = Router()
+        self._queue = AdmissionQueue(settings.max_queue, settings.queue_timeout_s, settings.no_pipeline_timeout_s)
+        self._choices: dict[str, _Running] = {}
+        self._pipelines_since_s: float | None = None
+        self._draining = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._arrivals: deque[tuple[float, int]] = deque()
+        self._outputs: deque[tuple[float, int]] = deque()
+
+    def start(self) -> None:
+        self._bus.start(self)
+        self._spawn(self._tick_forever())
+        self._spawn(self._report_forever())
+
+    async def close(self) -> None:
+        """End what is left with an error, then the connection."""
+        self.fail_all(unavailable("the gateway is shutting down"))
+        pending = [task for task in self._tasks if task.get_name() == "send"]
+        if pending:
+            await asyncio.wait(pending, timeout=1.0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._bus.close()
+
+    def drain(self) -> None:
+        """Take no new requests; the running ones get the drain time to finish."""
+        if self._draining:
+            return
+        self._draining = True
+        _log.info("draining: %d requests are running", len(self._choices))
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._settings.drain_s, self.fail_all, unavailable("the gateway is shutting down"))
+
+    # --- For the request handlers ------------------------------------------------------------------------------
+
+    def generate(self, request_id: str, specs: Sequence[ChoiceSpec], trace: RequestTrace) -> Generation:
+        """Admit a request of one or more choices.
+
+        Raises ApiError: 429 if the queue is full, 503 while draining.
+        """
+        now_s = self._clock()
+        if self._draining:
+            raise unavailable("the gateway is shutting down", retry_after_s=1)
+        deadline_s = now_s + self._settings.request_timeout_s
+        names = [request_id if len(specs) == 1 else f"{request_id}-{i}" for i in range(len(specs))]
+        if not self._queue.push(names, deadline_s, now_s):
+            raise queue_full(len(self._queue), self._queue.retry_after_s(now_s))
+        generation = Generation(names)
+        for index, (name, spec) in enumerate(zip(names, specs, strict=True)):
+            state = ChoiceState(name, spec.choice, spec.prompt_ids, spec.sampling, deadline_s)
+            running = _Running(state, generation, index, trace.choice(index))
+            running.trace.queued("new")
+            self._choices[name] = running
+            self._arrivals.append((now_s, len(spec.prompt_ids)))
+        self._pump()
+        return generation
+
+    def cancel(self, generation: Generation, index: int | None = None) -> None:
+        """Stop one choice, or all; what has ended already is left alone."""
+        names = generation.names if index is None else [generation.names[index]]
+        for name in names:
+            running = self._choices.get(name)
+            if running is not None:
+                self._carry_out(running, running.state.cancel())
+
+    def not_ready_reason(self) -> str | None:
+        """Why a request would have to wait now; None if a pipeline would take it."""
+        if self._draining:
+            return "the gateway is shutting down"
+        if not self._bus.connected:
+            return "NATS is not connected"
+        now_s = self._clock()
+        return None if self.router.ready(now_s) else self.router.waiting_reason(now_s)
+
+    def counts(self) -> dict[str, Any]:
+        """What runs and waits now, as JSON."""
+        pipelines = Counter(r.state.pipeline for r in self._choices.values() if r.state.pipeline)
+        return {
+            "running": sum(pipelines.values()),
+            "waiting": len(self._queue),
+            "pipelines": dict(pipelines),
+        }
+
+    def fail_all(self, error: ApiError) -> None:
+        for running in list(self._choices.values()):
+            self._fail(running, error)
+
+    # --- From the bus ------------------------------------------------------------------------------------------
+
+    def on_frame(self, frame: TokenFrame) -> None:
+        for entry in frame.entries:
+            running = self._choices.get(entry.request_id)
+            if running is not None:
+                self._handle(running, request_state.EntryArrived(frame.pipeline, entry))
+        self._pump()
+
+    def on_state(self, state: PipelineState) -> None:
+        self.router.observe_state(state, self._clock())
+        self._pump()
+
+    def on_plan(self, plan: Plan) -> None:
+        if not self.router.observe_plan(plan):
+            return
+        _log.info(
+            "plan %d: pipelines %s, retiring %s",
+            plan.epoch,
+            [p.id for p in plan.pipelines],
+            [r.pipeline.id for r in plan.retiring],
+        )
+        now_s = self._clock()
+        retiring = {r.pipeline.id: r for r in plan.retiring}
+        for running in list(self._choices.values()):
+            pipeline = running.state.pipeline
+            if pipeline is None:
+                continue
+            end = retiring.get(pipeline)
+            fate = self.router.fate(pipeline)
+            if fate is Fate.GONE:
+                reason = end.reason if end is not None else "the plan does not name the pipeline any more"
+                self._handle(running, request_state.PipelineBroken(pipeline, reason))
+            elif fate is Fate.RETIRING:
+                deadline_s = end.deadline_s if end is not None else None
+                give_up_s = now_s + _HAND_BACK_S if deadline_s is None else deadline_s
+                self._handle(running, request_state.PipelineRetires(pipeline, give_up_s))
+            else:
+                self._handle(running, request_state.PipelineRetires(pipeline, math.inf))
+        self._pump()
+
+    def on_connected(self) -> None:
+        for running in list(self._choices.values()):
+            self._handle(running, request_state.BusReturned())
+        self._pump()
+
+    # --- Inside ------------------------------------------------------------------------------------------------
+
+    async def _tick_forever(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            try:
+                self._tick()
+            except Exception:  # noqa: BLE001 # a fault in one request must not stop the others' timers
+                _log.exception("tick failed")
+
+    def _tick(self) -> None:
+        now_s = self._clock()
+        if not self.router.ready(now_s):
+            self._pipelines_since_s = None
+        elif self._pipelines_since_s is None:
+            self._pipelines_since_s = now_s
+        for name in self._queue.expire(now_s, self._pipelines_since_s):
+            # A sibling that expired before it has taken the whole request along.
+            if name in self._choices:
+                self._fail(self._choices[name], self._waited_too_long(now_s))
+        for running in list(self._choices.values()):
+            if running.state.phase is Phase.FINISHED:
+                continue
+            if now_s >= running.state.deadline_s:
+                self._fail(running, unavailable("the request has run into the server's time limit"))
+            elif self._bus.connected:
+                self._handle(running, request_state.Tick())
+        self._pump()
+
+    def _waited_too_long(self, now_s: float) -> ApiError:
+        if self._pipelines_since_s is None:
+            return unavailable(f"no pipeline serves the model: {self.router.waiting_reason(now_s)}", 10)
+        return unavailable("all pipelines are busy; the request has waited too long in the queue", 10)
+
+    def _pump(self) -> None:
+        """Send out what may go now."""
+        now_s = self._clock()
+        while self._bus.connected and (name := self._queue.first(now_s)) is not None:
+            running = self._choices[name]
+            state = running.state
+            pipeline = self.router.choose(now_s, heir_of=state.last_pipeline)
+            if pipeline is None:
+                return
+            self._queue.take(name, now_s)
+            self.router.submitting(pipeline)
+            left = state.last_pipeline if state.reached_last_pipeline else None
+            reason = "resume" if state.token_ids else ("retry" if state.last_pipeline else "new")
+            running.trace.attempt(pipeline, state.attempt, reason)
+            self._handle(running, request_state.Dispatched(pipeline))
+            self._spawn(self._submit(running, pipeline, left if left != pipeline else None))
+
+    async def _submit(self, running: _Running, pipeline: str, left: str | None) -> None:
+        """Offer the choice to `pipeline`; `left` may still run an attempt before this one."""
+        state, attempt = running.state, running.state.attempt
+        if left is not None:
+            await self._bus.cancel(left, state.request_id)
+        request = state.generate_request(self._settings.gateway_id)
+        reply = await self._bus.submit(pipeline, request, running.trace.headers())
+        accepted = reply is not None and reply.accepted
+        blocked_until_s = self._clock() + _REFUSED_BACKOFF_S
+        self.router.submitted(pipeline, accepted=accepted, blocked_until_s=blocked_until_s)
+        if accepted:
+            if state.phase is Phase.FINISHED and state.cancelled:
+                # The cancellation may have overtaken the request.
+                await self._bus.cancel(pipeline, state.request_id)
+            return
+        reason = (reply.reason or RejectReason.INVALID) if reply is not None else None
+        detail = reply.detail if reply is not None else ""
+        self._handle(running, request_state.SubmitFailed(attempt, reason, detail))
+        self._pump()
+
+    async def _resend(self, running: _Running, pipeline: str, from_index: int) -> None:
+        state, attempt = running.state, running.state.attempt
+        question = ResendRequest(request_id=state.request_id, choice=state.choice, from_index=from_index)
+        reply = await self._bus.resend(pipeline, question)
+        # Without a connection nothing may be concluded, as if the plan still counted on the pipeline.
+        in_plan = not self._bus.connected or self.router.fate(pipeline) is Fate.SERVING
+        entry = reply.entry if reply is not None else None
+        event = request_state.ResendAnswered(pipeline, attempt, reply is not None, entry, in_plan)
+        self._handle(running, event)
+        self._pump()
+
+    async def _release(self, running: _Running, effect: request_state.ReleaseHeld) -> None:
+        state, source = running.state, effect.source
+        message = ReleaseKv(pipeline=source.pipeline, request_id=state.request_id, choice=state.choice)
+        for rank in sorted({holder.rank for holder in source.holders}):
+            await self._bus.release(rank, message)
+
+    def _handle(self, running: _Running, event: Event) -> None:
+        self._carry_out(running, running.state.handle(event, self._clock()))
+
+    def _carry_out(self, running: _Running, effects: list[Effect]) -> None:
+        for effect in effects:
+            self._carry_out_one(running, effect)
+        state = running.state
+        if state.phase is Phase.FINISHED and self._choices.pop(state.request_id, None) is not None:
+            self._queue.forget(state.request_id)
+            self._outputs.append((self._clock(), len(state.token_ids)))
+            running.trace.end()
+
+    def _carry_out_one(self, running: _Running, effect: Effect) -> None:
+        state, generation = running.state, running.generation
+        match effect:
+            case request_state.Deliver(ids, finish, cached_tokens):
+                generation.put(Delivery(running.index, ids, finish, cached_tokens))
+            case request_state.Fail(message, reason):
+                generation.fail(_failure(message, reason))
+                self.cancel(generation)
+            case request_state.Requeue(pipeline, reason, backoff):
+                _log.info("request %s leaves pipeline %s: %s", state.request_id, pipeline, reason)
+                not_before_s = self._clock() + _REFUSED_BACKOFF_S if backoff else 0.0
+                self._queue.put_back(
+                    state.request_id,
+                    state.deadline_s,
+                    interrupted=state.interrupted,
+                    not_before_s=not_before_s,
+                )
+                running.trace.queued(reason)
+            case request_state.AskResend(pipeline, from_index):
+                self._spawn(self._resend(running, pipeline, from_index))
+            case request_state.Cancel(pipeline):
+                self._spawn(self._bus.cancel(pipeline, state.request_id), name="send")
+            case request_state.ReleaseHeld():
+                self._spawn(self._release(running, effect), name="send")
+            case request_state.Resumed(stats):
+                running.trace.event("resumed", msgspec.structs.asdict(stats))
+            case _:
+                raise AssertionError(effect)
+
+    def _fail(self, running: _Running, error: ApiError) -> None:
+        running.generation.fail(error)
+        self.cancel(running.generation)
+
+    async def _report_forever(self) -> None:
+        while True:
+            await asyncio.sleep(_LOAD_REPORT_S)
+            await self._bus.report_load(self._load())
+
+    def _load(self) -> LoadReport:
+        since_s = self._clock() - _LOAD_WINDOW_S
+        for samples in (self._arrivals, self._outputs):
+            while samples and samples[0][0] < since_s:
+                samples.popleft()
+        return LoadReport(
+            gateway=self._settings.gateway_id,
+            arrivals_per_s=len(self._arrivals) / _LOAD_WINDOW_S,
+            running=sum(r.state.pipeline is not None for r in self._choices.values()),
+            waiting=len(self._queue),
+            mean_prompt_tokens=_mean(self._arrivals),
+            mean_output_tokens=_mean(self._outputs),
+        )
+
+    def _spawn(self, run: Coroutine[Any, Any, None], name: str | None = None) -> None:
+        task = asyncio.create_task(run, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        with contextlib.suppress(asyncio.CancelledError):
+            error = task.exception()
+            if error is not None:
+                _log.error("background task failed", exc_info=error)
+
+
+def _failure(message: str, reason: RejectReason | None) -> ApiError:
+    """What the client is told when a pipeline ends its request."""
+    if reason is RejectReason.TOO_LONG:
+        return context_length_exceeded(message, "max_tokens")
+    if reason is RejectReason.INVALID:
+        return bad_request(message)
+    _log.error("a pipeline failed a request: %s", message)
+    return server_error(f"The engine could not finish the request: {message}")
+
+
+def _mean(samples: Sequence[tuple[float, int]] | deque[tuple[float, int]]) -> float:
+    return sum(value for _, value in samples) / len(samples) if samples else 0.0

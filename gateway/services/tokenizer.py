@@ -1,0 +1,164 @@
+"""Text to token ids and back, and the model's chat template. Reads the model directory once, at start."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from tokenizers import Tokenizer
+
+from gateway.errors import ModelDirectoryError, TemplateRefused
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class TextTokenizer:
+    """The tokenizer and chat template of a model directory; a `Detokenizer` for the fold.
+
+    Raises ModelDirectoryError if tokenizer.json, a configuration or the template cannot be read.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        self._tokenizer = _load_tokenizer(model_dir / "tokenizer.json")
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._byte_ids = self._find_byte_ids()
+        config = _read_json(model_dir / "config.json")
+        tokenizer_config = _read_json(model_dir / "tokenizer_config.json")
+        generation_config = _read_json(model_dir / "generation_config.json")
+        self.vocab_size: int = config.get("vocab_size") or self._tokenizer.get_vocab_size()
+        self.max_model_len: int | None = config.get("max_position_embeddings")
+        self._template_variables = _special_tokens(tokenizer_config)
+        self.eos_token_ids = self._find_eos_ids(config, generation_config)
+        self._template = _load_template(model_dir, tokenizer_config)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of `text`, with what the tokenizer adds by itself (such as BOS) if asked for."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
+
+    def is_byte(self, token_id: int) -> bool:
+        return token_id in self._byte_ids
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt text of `messages`, up to where the assistant speaks.
+
+        Raises TemplateRefused if the template does not take them, or there is none.
+        """
+        if self._template is None:
+            raise TemplateRefused("the model has no chat template; use /v1/completions")
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+                **self._template_variables,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+            raise TemplateRefused(str(error) or type(error).__name__) from error
+
+    def _find_byte_ids(self) -> frozenset[int]:
+        """Ids of raw-byte tokens, where the decoder joins such tokens itself."""
+        if "ByteFallback" not in json.dumps(json.loads(self._tokenizer.to_str()).get("decoder")):
+            return frozenset()
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        return frozenset(i for token, i in vocab.items() if _BYTE_TOKEN.fullmatch(token))
+
+    def _find_eos_ids(self, config: dict[str, Any], generation_config: dict[str, Any]) -> list[int]:
+        named = generation_config.get("eos_token_id", config.get("eos_token_id"))
+        ids = set(named if isinstance(named, list) else [named])
+        ids.add(self._tokenizer.token_to_id(self._template_variables.get("eos_token", "")))
+        return sorted(i for i in ids if isinstance(i, int))
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise ModelDirectoryError(str(path), "no such file")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelDirectoryError(str(path), f"not a tokenizer: {error}") from error
+    # The file may ask for both; a prompt is refused when too long, never cut, and never padded.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelDirectoryError(str(path), f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelDirectoryError(str(path), "not a JSON object")
+    return value
+
+
+def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    """Special tokens by name; a file may have the text itself or an object that holds it."""
+    found = {name: tokenizer_config.get(name) for name in _SPECIAL_NAMES}
+    texts = {n: v.get("content") if isinstance(v, dict) else v for n, v in found.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _load_template(model_dir: Path, tokenizer_config: dict[str, Any]) -> jinja2.Template | None:
+    path = model_dir / "chat_template.jinja"
+    source = tokenizer_config.get("chat_template")
+    if isinstance(source, list):
+        named = {entry["name"]: entry["template"] for entry in source}
+        source = named.get("default")
+    if path.is_file():
+        source = path.read_text(encoding="utf-8")
+    if not isinstance(source, str):
+        return None
+    try:
+        return _template_environment().from_string(source)
+    except jinja2.TemplateError as error:
+        raise ModelDirectoryError(str(model_dir), f"chat template: {error}") from error
+
+
+def _template_environment() -> jinja2.Environment:
+    """What chat templates are written for: the environment in which transformers renders them."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
+    # Unlike jinja's own filter: no HTML escapes, text as it is.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:  # noqa: A002 # templates may name the argument
+    return datetime.now().strftime(format)  # noqa: DTZ005 # local time, as templates expect
