@@ -83,6 +83,7 @@ def load_reference(directory: Path, dtype: torch.dtype) -> Callable[[list[list[i
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
 
     def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:

@@ -43,7 +43,7 @@ def load_or_calibrate(
     cache_dir: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, block_tokens: int
 ) -> StepProfile:
     """The profile in `cache_dir` for this model shape, dtype, device, thread count and torch version, or a new one."""
-    facts = [config, str(dtype), _device_name(device), block_tokens, torch.get_num_threads(), torch.__version__]
+    facts = [config, str(dtype), _device_name(device), block_tokens, torch.get_num_threads(), str(torch.__version__)]
     key = hashlib.sha256(msgspec.json.encode(facts)).hexdigest()[:16]
     path = cache_dir / f"step-profile-{key}.json"
     try:

@@ -62,6 +62,8 @@ class KvPool:
         num_bytes = memoryview(data).nbytes
         if num_bytes != expected_bytes:
             raise CorruptUnit(f"KV of (layer {layer}, group {group})", num_bytes, expected_bytes)
+        if num_tokens == 0:
+            return
         kv = tensor_from_bytes(data, memory.dtype, memory.device).view(2, num_tokens, head_dim)
         tokens = torch.arange(num_tokens)
         table = torch.tensor(blocks, dtype=torch.long)
