@@ -1,0 +1,40 @@
+import pytest
+
+from planner.core.load import Load
+from planner.protocol import LoadReport
+
+
+def report(gateway, arrivals_per_s, prompt=0.0, output=0.0):
+    return LoadReport(
+        gateway=gateway,
+        arrivals_per_s=arrivals_per_s,
+        running=0,
+        waiting=0,
+        mean_prompt_tokens=prompt,
+        mean_output_tokens=output,
+    )
+
+
+def test_gateways_add_up_and_silent_ones_expire():
+    load = Load()
+    load.note(report("a", 1.0, prompt=100, output=10), 0.0)
+    load.note(report("b", 3.0, prompt=200, output=20), 8.0)
+    workload = load.workload(2048, 9.0)
+    assert workload.arrivals_per_s == 4.0
+    assert workload.prompt_tokens == pytest.approx(175)
+    assert workload.output_tokens == pytest.approx(17.5)
+    assert load.workload(2048, 12.0).arrivals_per_s == 3.0
+
+
+def test_lengths_are_assumed_at_first_and_fit_the_model():
+    assert Load().workload(2048, 0.0).prompt_tokens == 512
+    assert Load().workload(64, 0.0).prompt_tokens == 32
+
+
+def test_only_a_large_change_after_a_while_counts():
+    load = Load()
+    load.note_decision(1.0, 0.0)
+    assert load.change(5.0, 10.0) is None
+    assert load.change(1.1, 40.0) is None
+    assert load.change(2.0, 40.0) == "arrivals changed from 1.00 to 2.00 per second"
+    assert load.change(0.0, 40.0) is not None
