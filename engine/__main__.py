@@ -21,7 +21,7 @@ def _end_with_standard_input() -> None:
     """End the process when its parent is gone: then standard input ends."""
 
     def watch() -> None:
-        while sys.stdin.buffer.read(1):
+        while os.read(0, 1):
             pass
         os._exit(1)
 

@@ -150,8 +150,8 @@ class Agent:
 
     async def _publish_inventory(self) -> None:
         while True:
+            self._changed.clear()
             if self._reports:
-                self._changed.clear()
                 inventory = self._inventory()
                 await self._bus.publish(self._bus.planner.inventory(self._settings.instance), inventory)
                 await self._bus.put_inventory(self._settings.instance, inventory)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from engine.backends.base import Backend, PrepareReport, RunningPipeline, Snapshot
+from engine.backends.base import Backend, LedPipeline, PrepareReport, RunningPipeline, Snapshot
 from engine.context.transport import ContextServer, as_ranges
 from engine.core.roles import Position, change_role, position_of
 from engine.core.scheduler import OutEntry, PullOrder
@@ -48,7 +48,7 @@ _PULL_TIMEOUT_S: Final = 15.0
 class _Led:
     """A pipeline that this rank leads, running or stopped but still asked about."""
 
-    def __init__(self, position: Position, pipeline: RunningPipeline, spans: RequestSpans) -> None:
+    def __init__(self, position: Position, pipeline: LedPipeline, spans: RequestSpans) -> None:
         self.position = position
         self.pipeline = pipeline
         self.spans = spans
@@ -202,7 +202,7 @@ class RankService:
         prepared = self._prepared.pop(pipeline)
         running = self._backend.start(pipeline, self)
         self._running = (prepared, running)
-        if prepared.leads:
+        if isinstance(running, LedPipeline):
             self._led[pipeline] = _Led(prepared, running, RequestSpans(self._rank, pipeline))
             self._spawn(self._listen(pipeline))
         self._report_due.set()
@@ -428,7 +428,7 @@ class RankService:
 
     def _report(self) -> RankReport:
         kv_tokens = 0
-        if self._running is not None and self._running[0].leads:
+        if self._running is not None and isinstance(self._running[1], LedPipeline):
             kv_tokens = self._running[1].snapshot().kv_tokens
         inventory = RankInventory(
             rank=self._rank,

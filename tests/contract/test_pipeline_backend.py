@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,7 @@ def make_backend(request: pytest.FixtureRequest, model_dir: Path) -> MakeBackend
     return make
 
 
-async def run_all(fleet: Fleet, pipeline: str, **sampling: float) -> dict[str, list[int]]:
+async def run_all(fleet: Fleet, pipeline: str, **sampling: Any) -> dict[str, list[int]]:
     recorder = fleet.recorders[pipeline]
     for name, prompt in PROMPTS.items():
         reply = await fleet.leaders[pipeline].submit(request(name, prompt, **sampling))
@@ -59,7 +60,7 @@ def has_finished(recorder: Recorder, name: str) -> bool:
     return last is not None and last.finish is not None
 
 
-async def undisturbed(make_backend: MakeBackend, **sampling: float) -> dict[str, list[int]]:
+async def undisturbed(make_backend: MakeBackend, **sampling: Any) -> dict[str, list[int]]:
     async with Fleet(make_backend) as fleet:
         await fleet.serve("p0", [["oracle"]])
         return await run_all(fleet, "p0", **sampling)
@@ -80,7 +81,7 @@ async def test_every_shape_gives_the_same_tokens(make_backend: MakeBackend, shap
 )
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 7}])
 async def test_arranged_sequences_resume_with_their_kv(
-    make_backend: MakeBackend, before: list[list[str]], after: list[list[str]], sampling: dict[str, float]
+    make_backend: MakeBackend, before: list[list[str]], after: list[list[str]], sampling: dict[str, Any]
 ) -> None:
     expected = await undisturbed(make_backend, **sampling)
     async with Fleet(make_backend) as fleet:

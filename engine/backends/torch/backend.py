@@ -188,6 +188,7 @@ class TorchBackend:
             max_step_tokens=self._settings.max_step_tokens,
             num_micro_batches=len(pipeline.stages),
             max_model_len=self._model.max_model_len,
+            vocab_size=self._config.vocab_size,
         )
 
     def _cost(self) -> CostEstimate:

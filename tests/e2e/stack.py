@@ -1,0 +1,351 @@
+"""The real stack, started as a user starts it: `spotserve up` with real processes, sockets and a NATS server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import msgspec
+import nats
+import psutil
+from nats.aio.client import Client
+
+from deploy.protocol import AddCommand, CommandReply, KillCommand, PreemptCommand, supervisor_subject
+from deploy.state import Running, StateDir
+from engine.protocol import EngineSubjects, PipelineState
+from planner.protocol import InstanceState, Message, Phase, Plan, PlannerSubjects, RankProgress, Status, StatusRequest
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 40.0
+SETTLE_TIMEOUT_S = 60.0
+REQUEST_TIMEOUT_S = 180.0
+
+M = TypeVar("M", bound=Message)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Stack:
+    """One `spotserve up`. `start`, then `stop`; `stop` asserts that nothing is left behind."""
+
+    def __init__(self, state_dir: Path, model_dir: Path, *options: str, environ: dict[str, str] | None = None) -> None:
+        self.port = free_port()
+        self.state = StateDir(state_dir)
+        self._environ = environ or {}
+        self._command = [
+            *(sys.executable, "-m", "deploy", "up", "--model", str(model_dir), "--port", str(self.port)),
+            *("--state-dir", str(state_dir), *options),
+        ]
+        self._log = state_dir.parent / f"{state_dir.name}.out"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.base_url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> Stack:
+        self.state.path.mkdir(parents=True, exist_ok=True)
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, env={**os.environ, **self._environ}, start_new_session=True
+            )
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while not self._is_ready():
+            assert self._process.poll() is None, f"`up` ended:\n{self._log.read_text()}"
+            assert time.monotonic() < deadline_s, f"`up` is not ready:\n{self._log.read_text()}\n{self.logs()}"
+            time.sleep(0.1)
+        return self
+
+    def _is_ready(self) -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return bool(httpx.get(self.base_url + "/ready", timeout=2).status_code == 200)
+        return False
+
+    @property
+    def running(self) -> Running:
+        return self.state.read_running()
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None, "not started"
+        return self._process
+
+    def pids(self) -> list[int]:
+        """The supervisor and everything below it."""
+        try:
+            parent = psutil.Process(self.process.pid)
+            return [parent.pid, *(child.pid for child in parent.children(recursive=True))]
+        except psutil.NoSuchProcess:
+            return []
+
+    def stop(self, number: int = signal.SIGINT) -> None:
+        pids = self.pids()
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+            self.process.wait(STOP_TIMEOUT_S)
+        deadline_s = time.monotonic() + 10
+        while left := [pid for pid in pids if _is_alive(pid)]:
+            assert time.monotonic() < deadline_s, f"left behind: {[psutil.Process(pid).cmdline() for pid in left]}"
+            time.sleep(0.05)
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(self.state.logs.glob("*.log"))
+        )
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `spotserve <arguments>` against this stack."""
+        return subprocess.run(
+            [sys.executable, "-m", "deploy", *arguments, "--state-dir", str(self.state.path)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def status(self) -> dict[str, Any]:
+        result = self.command("status", "--json")
+        assert result.returncode == 0, result.stderr
+        return dict(json.loads(result.stdout))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@dataclass
+class Answer:
+    """One finished stream."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    usage: dict[str, int] = field(default_factory=dict)
+    error: str | None = None
+    times_s: list[float] = field(default_factory=list)
+    """Unix time of each chunk that brought tokens."""
+
+    def longest_gap_s(self, after_s: float = 0.0, before_s: float = float("inf")) -> float:
+        """The longest time between two neighbouring chunks of which the later came after `after_s`."""
+        pairs = zip(self.times_s, self.times_s[1:], strict=False)
+        return max((b - a for a, b in pairs if b > after_s and a < before_s), default=0.0)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    ids: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class Session:
+    """Everything that a test does to a running stack, on one event loop."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        running = stack.running
+        self._slug = running.model
+        self._served = running.served_model_name
+        self._nats_url = running.nats_url
+        self.client = Client()
+        self.http = httpx.AsyncClient(base_url=stack.base_url, timeout=REQUEST_TIMEOUT_S)
+        self.states: dict[str, PipelineState] = {}
+        self.progress: list[RankProgress] = []
+        self.plans: list[Plan] = []
+
+    async def __aenter__(self) -> Session:
+        self.client = await nats.connect(
+            self._nats_url, max_reconnect_attempts=-1, reconnect_time_wait=1, error_cb=_ignore
+        )
+        planner = PlannerSubjects(self._slug)
+        await self._watch(EngineSubjects(self._slug).all_states, PipelineState, self._keep_state)
+        await self._watch(planner.all_progress, RankProgress, self.progress.append)
+        await self._watch(planner.plan, Plan, self.plans.append)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.http.aclose()
+        await self.client.close()
+
+    def _keep_state(self, state: PipelineState) -> None:
+        self.states[state.pipeline] = state
+
+    async def _watch(self, subject: str, kind: type[M], handle: Callable[[M], None]) -> None:
+        async def received(msg: Any) -> None:
+            handle(msgspec.msgpack.decode(msg.data, type=kind))
+
+        await self.client.subscribe(subject, cb=received)
+
+    # --- the cloud --------------------------------------------------------------------------------------------
+
+    async def _command(self, command: Message) -> str:
+        reply = await self.client.request(supervisor_subject(self._slug), msgspec.msgpack.encode(command), timeout=15)
+        answer: CommandReply = msgspec.msgpack.decode(reply.data, type=CommandReply)
+        assert answer.ok, answer.message
+        return str(answer.message)
+
+    async def preempt(self, instance: str, notice_s: float) -> None:
+        await self._command(PreemptCommand(instance=instance, notice_s=notice_s))
+
+    async def kill(self, instance: str) -> None:
+        await self._command(KillCommand(instance=instance))
+
+    async def add(self) -> str:
+        before = {i.id for i in (await self.status()).instances}
+        message = await self._command(AddCommand())
+        named = [word for word in re.findall(r"\bi\d+\b", message) if word not in before]
+        assert named, f"no new instance in {message!r}"
+        return named[0]
+
+    async def status(self) -> Status:
+        subject = PlannerSubjects(self._slug).status
+        for _ in range(50):
+            with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
+                reply = await self.client.request(subject, msgspec.msgpack.encode(StatusRequest()), timeout=2)
+                return msgspec.msgpack.decode(reply.data, type=Status)
+            await asyncio.sleep(0.2)
+        raise AssertionError("the planner does not answer")
+
+    async def ready_instances(self) -> list[str]:
+        return [i.id for i in (await self.status()).instances if i.state is InstanceState.READY]
+
+    async def shape(self) -> tuple[tuple[int, int], ...]:
+        """(stages, shards) of each pipeline that takes requests."""
+        plan = (await self.status()).plan
+        if plan is None or not all(self.is_serving(p.id) for p in plan.pipelines):
+            return ()
+        return tuple(sorted((len(p.stages), p.tensor) for p in plan.pipelines))
+
+    def is_serving(self, pipeline: str) -> bool:
+        state = self.states.get(pipeline)
+        return state is not None and state.ready and not state.draining
+
+    async def until_shape(self, *shape: tuple[int, int]) -> None:
+        await self.until(lambda: self._has_shape(shape), f"shape {shape}")
+
+    async def _has_shape(self, shape: tuple[tuple[int, int], ...]) -> bool:
+        return await self.shape() == tuple(sorted(shape))
+
+    async def restore(self, num_instances: int) -> None:
+        """Bring the fleet back to `num_instances` ready instances in grace-free peace."""
+
+        async def peaceful() -> bool:
+            states = [i.state for i in (await self.status()).instances if i.state is not InstanceState.LOST]
+            return states == [InstanceState.READY] * num_instances
+
+        alive = [i for i in (await self.status()).instances if i.state is not InstanceState.LOST]
+        for _ in range(num_instances - len([i for i in alive if i.state is not InstanceState.GRACE])):
+            await self.add()
+        for extra in [i for i in alive if i.state is InstanceState.READY][num_instances:]:
+            await self.kill(extra.id)
+        await self.until(peaceful, f"{num_instances} ready instances")
+        await self.settled()
+
+    async def until(self, condition: Callable[[], Any], what: str, timeout_s: float = SETTLE_TIMEOUT_S) -> None:
+        """Wait for a condition (plain or async).
+
+        Raises:
+            AssertionError: it did not come true in time; with the end of every log.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            result = condition()
+            if asyncio.iscoroutine(result):
+                result = await result
+            if result:
+                return
+            assert time.monotonic() < deadline_s, f"not in {timeout_s} s: {what}\n{self.stack.logs()}"
+            await asyncio.sleep(0.05)
+
+    async def settled(self) -> None:
+        """Every planned pipeline serves, no request is open and no KV block is held."""
+
+        async def clean() -> bool:
+            plan = (await self.status()).plan
+            counts = (await self.http.get("/internal/requests")).json()
+            live = [self.states.get(p.id) for p in plan.pipelines] if plan else []
+            return (
+                counts["running"] == counts["waiting"] == 0
+                and bool(live)
+                and all(s is not None and s.ready and not s.draining for s in live)
+                and all(s is not None and s.free_kv_blocks == s.total_kv_blocks for s in live)
+                and all(s is not None and s.running == s.waiting == s.parked == 0 for s in live)
+            )
+
+        await self.until(clean, "no open request and no leaked KV block")
+
+    # --- clients ----------------------------------------------------------------------------------------------
+
+    async def stream(self, prompt: Prompt, answer: Answer | None = None) -> Answer:
+        """Stream a completion; the answer fills while it comes."""
+        answer = answer if answer is not None else Answer()
+        body = {
+            "model": self._served,
+            "prompt": list(prompt.ids),
+            "max_tokens": prompt.max_tokens,
+            "temperature": prompt.temperature,
+            "seed": prompt.seed,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+        }
+        async for chunk in self._chunks(body):
+            if "error" in chunk:
+                answer.error = chunk["error"]["message"]
+                break
+            for choice in chunk["choices"]:
+                if choice.get("token_ids"):
+                    answer.ids += choice["token_ids"]
+                    answer.times_s.append(time.time())
+                answer.text += choice.get("text") or ""
+                answer.finish_reason = choice["finish_reason"] or answer.finish_reason
+            answer.usage = chunk.get("usage") or answer.usage
+        return answer
+
+    async def _chunks(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        async with self.http.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                yield {"error": {"message": f"{response.status_code}: {await response.aread()!r}"}}
+                return
+            async for line in response.aiter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    yield json.loads(line.removeprefix("data: "))
+
+    def begin(self, prompts: list[Prompt]) -> tuple[list[Answer], list[asyncio.Task[Answer]]]:
+        """Start all streams; answers fill as tokens come."""
+        answers = [Answer() for _ in prompts]
+        tasks = [asyncio.create_task(self.stream(p, a)) for p, a in zip(prompts, answers, strict=True)]
+        return answers, tasks
+
+    async def all_decode(self, answers: list[Answer], num_tokens: int = 3) -> None:
+        """Wait until every stream has brought some tokens."""
+        await self.until(
+            lambda: all(len(a.ids) >= num_tokens or a.finish_reason or a.error for a in answers),
+            f"{num_tokens} tokens on every stream",
+        )
+
+    def last_prepared(self) -> list[RankProgress]:
+        return [p for p in self.progress if p.phase is Phase.PREPARED]
+
+
+async def _ignore(_error: Exception) -> None:
+    """NATS comes and goes in these tests."""
