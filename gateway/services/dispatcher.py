@@ -37,7 +37,10 @@ _log = logging.getLogger(__name__)
 _TICK_S = 0.1
 _LOAD_REPORT_S = 1.0
 _LOAD_WINDOW_S = 30.0
-_REFUSED_BACKOFF_S = 0.1
+_RETRY_S = 0.05
+"""A refused request waits so long ..."""
+_REFUSED_S = 0.25
+"""... and the pipeline that refused gets nothing for so long: the others come first."""
 _HAND_BACK_S = 5.0
 """A retiring pipeline without a deadline gets so long to hand its sequences back."""
 
@@ -257,7 +260,7 @@ class Dispatcher:
         request = state.generate_request(self._settings.gateway_id)
         reply = await self._bus.submit(pipeline, request, running.trace.headers())
         accepted = reply is not None and reply.accepted
-        blocked_until_s = self._clock() + _REFUSED_BACKOFF_S
+        blocked_until_s = self._clock() + _REFUSED_S
         self.router.submitted(pipeline, accepted=accepted, blocked_until_s=blocked_until_s)
         if accepted:
             if state.phase is Phase.FINISHED and state.cancelled:
@@ -308,7 +311,7 @@ class Dispatcher:
                 self.cancel(generation)
             case request_state.Requeue(pipeline, reason, backoff):
                 _log.info("request %s leaves pipeline %s: %s", state.request_id, pipeline, reason)
-                not_before_s = self._clock() + _REFUSED_BACKOFF_S if backoff else 0.0
+                not_before_s = self._clock() + _RETRY_S if backoff else 0.0
                 self._queue.put_back(
                     state.request_id,
                     state.deadline_s,

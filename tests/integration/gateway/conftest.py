@@ -119,6 +119,20 @@ def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer
     server.stop()
 
 
+@pytest.fixture
+def nats_factory() -> Iterator[Callable[[Path], NatsServer]]:
+    """Servers of a test's own, to be stopped and started."""
+    servers: list[NatsServer] = []
+
+    def make(directory: Path) -> NatsServer:
+        servers.append(NatsServer(directory))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level tokenizer, so that any id sequence is text, with broken characters in between."""
