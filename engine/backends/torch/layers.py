@@ -20,8 +20,6 @@ TYPICAL_ROWS: Final = 8
 """What oneDNN is told to pack for; measured, the layout is as good for 1 to 64 rows."""
 CHUNK_ROWS: Final = 1024
 """Vocabulary rows that are packed together: few enough to unpack for one embedding row, enough to compute well."""
-BY_OUTPUT: Final = ("qkv", "qkv_bias", "gate_up")
-BY_INPUT: Final = ("o", "down")
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -89,17 +87,21 @@ class DecoderBlock:
         self.gate_up = Linear(torch.cat([unit["gate_up"] for unit in units]))
         self.down = Linear(torch.cat([unit["down"] for unit in units], dim=1))
 
-    def unit(self, group: int) -> UnitTensors:
-        index, count = group - self.groups[0], len(self.groups)
-        tensors = {"input_norm": self.input_norm_H, "post_norm": self.post_norm_H}
-        if self.qk_norm_QD is not None:
-            tensors |= {"q_norm": self.qk_norm_QD[0], "k_norm": self.qk_norm_QD[-1]}
+    def units(self) -> list[UnitTensors]:
+        """See Block."""
+        count = len(self.groups)
+        parts = {
+            "qkv": self.qkv.weight().chunk(count),
+            "o": self.o.weight().chunk(count, dim=1),
+            "gate_up": self.gate_up.weight().chunk(count),
+            "down": self.down.weight().chunk(count, dim=1),
+        }
         if self._qkv_bias is not None:
-            tensors["qkv_bias"] = self._qkv_bias.chunk(count)[index]
-        for name, dim in (("qkv", 0), ("o", 1), ("gate_up", 0), ("down", 1)):
-            linear: Linear = getattr(self, name)
-            tensors[name] = linear.weight().chunk(count, dim)[index]
-        return tensors
+            parts["qkv_bias"] = self._qkv_bias.chunk(count)
+        norms = {"input_norm": self.input_norm_H, "post_norm": self.post_norm_H}
+        if self.qk_norm_QD is not None:
+            norms |= {"q_norm": self.qk_norm_QD[0], "k_norm": self.qk_norm_QD[-1]}
+        return [norms | {name: part[index] for name, part in parts.items()} for index in range(count)]
 
     def project_qkv(self, x_RH: Tensor, rotation: Rotation) -> Tensor:
         """[R, G, Q + 2, D]: query heads and key head rotated, then the value head."""
@@ -173,11 +175,12 @@ class VocabularyBlock:
         self.first_id, self._end_id = config.columns_of_group(config.vocab_size, groups[0])
         self.num_rows = self._end_id - self.first_id
 
-    def unit(self, group: int) -> UnitTensors:
+    def units(self) -> list[UnitTensors]:
+        """See Block."""
         table = self._table_VH
         if table is None:
             table = torch.cat([chunk.weight() for chunk in self._chunks])
-        return {**self._extra, self._name: table}
+        return [{**self._extra, self._name: table}]
 
     def embed_into(self, out_RH: Tensor, token_ids: list[int]) -> None:
         """Write the rows of those tokens that are this group's; leave the others."""

@@ -67,7 +67,7 @@ class StageModel:
             tied = config.tie_word_embeddings
             head_layer = EMBEDDING_LAYER if tied else config.num_layers
             self._head = [self._vocabulary(store, head_layer, g, as_head=True) for g in groups]
-            self._norm_H = store.unit(config.num_layers, first_group)["norm"].clone()
+            self._norm_H = store.tensors(config.num_layers, groups[:1])[0]["norm"].clone()
         self._embedding: list[VocabularyBlock] = []
         if self.is_first:
             self._embedding = [self._vocabulary(store, EMBEDDING_LAYER, g, as_head=False) for g in groups]
@@ -145,7 +145,7 @@ class StageModel:
 
         block = store.block(VocabularyBlock, layer, range(group, group + 1), fuse)
         if as_head and not block.as_head:
-            store.put(layer, group, block.unit(group))
+            store.put(layer, group, block.units()[0])
             block = store.block(VocabularyBlock, layer, range(group, group + 1), fuse)
         return block
 

@@ -7,6 +7,8 @@ never change, so a stage model that still serves is not disturbed by one that is
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import threading
 from collections.abc import Callable
 from typing import Protocol, TypeVar
@@ -26,8 +28,8 @@ class Block(Protocol):
 
     groups: range
 
-    def unit(self, group: int) -> UnitTensors:
-        """The tensors of one of its units, as they were given."""
+    def units(self) -> list[UnitTensors]:
+        """The tensors of its units, as they were given; of a packed block, one unpacked copy of all of them."""
         ...
 
 
@@ -36,11 +38,13 @@ class LooseUnit:
         self.groups = range(group, group + 1)
         self._tensors = tensors
 
-    def unit(self, group: int) -> UnitTensors:
-        return self._tensors
+    def units(self) -> list[UnitTensors]:
+        return [self._tensors]
 
 
 B = TypeVar("B", bound=Block)
+Unit = tuple[int, int]
+"""(layer, head group)"""
 
 
 class WeightStore:
@@ -53,10 +57,12 @@ class WeightStore:
         self.config = config
         self.dtype = dtype
         self.device = device
-        self._blocks: dict[tuple[int, int], Block] = {}
+        self._blocks: dict[Unit, Block] = {}
         self._lock = threading.RLock()
+        self._last_exported: tuple[Block, list[UnitTensors]] | None = None
+        """Units are pulled group after group: a block is unpacked once for all of them."""
 
-    def units(self) -> set[tuple[int, int]]:
+    def units(self) -> set[Unit]:
         with self._lock:
             return set(self._blocks)
 
@@ -66,31 +72,40 @@ class WeightStore:
         with self._lock:
             self._blocks[layer, group] = LooseUnit(group, placed)
 
-    def unit(self, layer: int, group: int) -> UnitTensors:
+    def tensors(self, layer: int, groups: range) -> list[UnitTensors]:
         """Raises MissingUnit."""
-        with self._lock:
-            block = self._blocks.get((layer, group))
-        if block is None:
-            raise MissingUnit([(layer, group)])
-        return block.unit(group)
+        blocks = [self._block_of(layer, group) for group in groups]
+        units = {block: block.units() for block in set(blocks)}
+        return [units[block][group - block.groups[0]] for block, group in zip(blocks, groups, strict=True)]
 
     def export_unit(self, layer: int, group: int) -> bytes:
         """The unit as bytes that depend only on config and dtype. Raises MissingUnit."""
-        return unit_to_bytes(self.config, layer, self.unit(layer, group))
+        block = self._block_of(layer, group)
+        with self._lock:
+            last = self._last_exported
+            units = last[1] if last is not None and last[0] is block else block.units()
+            self._last_exported = None if group == block.groups[-1] else (block, units)
+        return unit_to_bytes(self.config, layer, units[group - block.groups[0]])
 
     def import_unit(self, layer: int, group: int, data: bytes | memoryview) -> None:
         """Raises CorruptUnit if the size is wrong; the store is then as before."""
         self.put(layer, group, unit_from_bytes(self.config, layer, group, data, self.dtype, self.device))
 
-    def keep_only(self, units: set[tuple[int, int]]) -> None:
-        """Drop all other units; a block that loses one of its units is taken apart, so that its memory is freed."""
+    def keep_only(self, units: set[Unit]) -> None:
+        """Drop all other units and give their memory back, but for what a stage model still uses.
+
+        A block that loses one of its units is taken apart.
+        """
         with self._lock:
             kept = {unit: block for unit, block in self._blocks.items() if unit in units}
-            for (layer, group), block in kept.items():
+            for (layer, group), block in list(kept.items()):
                 if any(kept.get((layer, other)) is not block for other in block.groups):
-                    copies = {name: tensor.clone() for name, tensor in block.unit(group).items()}
-                    kept[layer, group] = LooseUnit(group, copies)
-            self._blocks = kept
+                    tensors = self.tensors(layer, range(group, group + 1))[0]
+                    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+                    self._blocks[layer, group] = LooseUnit(group, copies)
+            self._blocks = {unit: self._blocks[unit] for unit in kept}
+            self._last_exported = None
+        _return_free_memory()
 
     def block(self, kind: type[B], layer: int, groups: range, fuse: Callable[[range, list[UnitTensors]], B]) -> B:
         """The block of exactly these units; made by `fuse` unless the store has it already. Raises MissingUnit."""
@@ -102,6 +117,19 @@ class WeightStore:
                 and all(self._blocks.get((layer, group)) is held for group in groups)
             ):
                 return held
-            block = fuse(groups, [self.unit(layer, group) for group in groups])
+            block = fuse(groups, self.tensors(layer, groups))
             self._blocks |= {(layer, group): block for group in groups}
             return block
+
+    def _block_of(self, layer: int, group: int) -> Block:
+        with self._lock:
+            block = self._blocks.get((layer, group))
+        if block is None:
+            raise MissingUnit([(layer, group)])
+        return block
+
+
+def _return_free_memory() -> None:
+    """With glibc, freed weights go back to the system only on request; the instance's other ranks may need them."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

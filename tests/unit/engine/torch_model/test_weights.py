@@ -96,7 +96,7 @@ def test_a_second_model_of_the_same_shape_shares_the_blocks(tiny_model, all_unit
 def test_nothing_of_the_old_form_stays_in_memory(tiny_model, all_units):
     checkpoint = tiny_model("qwen3").checkpoint
     store = filled_store(checkpoint, all_units(checkpoint))
-    loose = [weakref.ref(tensor) for tensor in store.unit(2, 1).values()]
+    loose = [weakref.ref(tensor) for tensor in store.tensors(2, range(1, 2))[0].values()]
     model = whole_model(checkpoint, store)
     gc.collect()
     assert not any(ref() is not None for ref in loose)
