@@ -126,7 +126,7 @@ def _lay_out(situation: Situation) -> Layout:
     intact = _intact_pipelines(situation)
     candidates = [rank for rank in situation.ranks.values() if rank.id not in situation.excluded_ranks]
     ready = [rank for rank in candidates if rank.deadline_s is None]
-    layout = _fit(situation, ready, intact, [])
+    layout = _fit_largest(situation, ready, intact, [])
     if layout.config is not None:
         return layout
     kept = _without_conflicts(p for p in intact if not situation.excluded_ranks & set(p.ranks()))
@@ -140,8 +140,22 @@ def _lay_out(situation: Situation) -> Layout:
         )
         return msgspec.structs.replace(layout, config=config, kept=kept, notes=[note])
     if len(candidates) > len(ready):
-        return _fit(situation, candidates, intact, ["no other ranks are left: ranks under notice are used"])
+        return _fit_largest(situation, candidates, intact, ["no other ranks are left: ranks under notice are used"])
     return layout
+
+
+def _fit_largest(situation: Situation, pool: list[Rank], intact: list[Pipeline], notes: list[str]) -> Layout:
+    """On all of `pool` if the model fits in the smallest memory of them, else without the smallest ones."""
+    smallest = _fit(situation, pool, intact, notes)
+    if smallest.config is not None:
+        return smallest
+    for memory_bytes in sorted({rank.inventory.memory_bytes for rank in pool})[1:]:
+        larger = [rank for rank in pool if rank.inventory.memory_bytes >= memory_bytes]
+        note = f"{len(pool) - len(larger)} ranks are left out: they have less than {memory_bytes / 1e6:.0f} MB"
+        layout = _fit(situation, larger, intact, [*notes, note])
+        if layout.config is not None:
+            return layout
+    return smallest
 
 
 def _fit(situation: Situation, pool: list[Rank], intact: list[Pipeline], notes: list[str]) -> Layout:

@@ -58,18 +58,22 @@ class Rollout:
         self._may_run: frozenset[str] = frozenset()
         """Pipelines of a restored plan: they may run although nobody has told this planner."""
 
-    def adopt(self, plan: Plan, migration_s: Mapping[str, float], *, restored: bool = False) -> None:
-        """Follow `plan` from now on. `migration_s` by retiring pipeline. `restored`: after a restart of the planner."""
+    def adopt(self, plan: Plan, migration_s: Mapping[str, float], *, restored_at_s: float | None = None) -> None:
+        """Follow `plan` from now on. `migration_s` by retiring pipeline. `restored_at_s`: time of a restart."""
         needed = {rank for pipeline in plan.pipelines for rank in pipeline.ranks()}
         before, self.retirements = self.retirements, {}
         for retiring in plan.retiring:
-            if retiring.broken:
+            has_ended = retiring.broken or (
+                # It was arranged before its deadline, by this planner or the one before.
+                restored_at_s is not None and retiring.deadline_s is not None and retiring.deadline_s < restored_at_s
+            )
+            if has_ended:
                 continue
             retirement = Retirement(
                 retiring=retiring,
                 shares_ranks=not needed.isdisjoint(retiring.pipeline.ranks()),
                 migration_s=migration_s.get(retiring.pipeline.id, 0.0),
-                may_be_stopping=restored,
+                may_be_stopping=restored_at_s is not None,
             )
             earlier = before.get(retiring.pipeline.id)
             if earlier is not None:
@@ -78,7 +82,7 @@ class Rollout:
                     retirement.num_sent, retirement.sent_at_s = earlier.num_sent, earlier.sent_at_s
             self.retirements[retiring.pipeline.id] = retirement
         self.plan = plan
-        if restored:
+        if restored_at_s is not None:
             self._may_run = frozenset(p.id for p in plan.pipelines)
         alive = {p.id for p in plan.pipelines} | set(self.retirements)
         self._prepared = defaultdict(set, {k: v for k, v in self._prepared.items() if k in alive})

@@ -87,8 +87,10 @@ class PlannerState:
         """
         self.plan, self.model = plan, plan.model
         self.history.extend(history)
-        self._rollout.adopt(plan, {}, restored=True)
-        self._awaited = {shard.instance for p in plan.pipelines for stage in p.stages for shard in stage.shards}
+        migration_s = {r.pipeline.id: plan.explanation.migration_s for r in plan.retiring}
+        self._rollout.adopt(plan, migration_s, restored_at_s=now_s)
+        needed = [*plan.pipelines, *(r.pipeline for r in self._rollout.open_retirements())]
+        self._awaited = {shard.instance for p in needed for stage in p.stages for shard in stage.shards}
         self._hold_until_s = now_s + RESTORE_HOLD_S
         lost = sorted(self._awaited.intersection(gone))
         return [effect for name in lost for effect in self._lose(name, "while no planner ran", now_s, now_s)]
@@ -340,6 +342,6 @@ class PlannerState:
         )
 
 
-def _identities(ranks: list[RankInventory]) -> list[tuple[str, str, str, int]]:
-    """What a plan depends on; units and tokens change all the time."""
-    return sorted((r.rank, r.context_address, r.store_address, r.memory_bytes) for r in ranks)
+def _identities(ranks: list[RankInventory]) -> list[tuple[str, str, str]]:
+    """Who they are; units, tokens and free memory change all the time."""
+    return sorted((r.rank, r.context_address, r.store_address) for r in ranks)

@@ -77,6 +77,7 @@ class Bus:
         self._inventories: KeyValue
         self._capacity: JetStreamContext.PullSubscription
         self._reconnected = asyncio.Event()
+        self._last_error = ""
 
     # --- Set up ---
 
@@ -93,7 +94,7 @@ class Bus:
                     connect_timeout=2,
                     ping_interval=5,
                     max_outstanding_pings=2,
-                    error_cb=_log_error,
+                    error_cb=self._log_error,
                     disconnected_cb=_log_disconnect,
                     reconnected_cb=self._on_reconnect,
                 )
@@ -168,7 +169,9 @@ class Bus:
         except NoKeysError:
             return []
         plans = [_decode(self._subjects.plan_bucket, entry.value or b"", _plan_decoder) for entry in entries]
-        return [plan for plan in reversed(plans) if plan is not None]
+        # A plan that was put again after an outage is there twice.
+        by_epoch = {plan.epoch: plan for plan in plans if plan is not None}
+        return [by_epoch[epoch] for epoch in sorted(by_epoch, reverse=True)]
 
     async def load_capacity(self) -> list[CapacityMessage]:
         """The last capacity message of every instance."""
@@ -274,10 +277,18 @@ class Bus:
 
     async def close(self) -> None:
         if self._nc.is_connected:
-            await self._nc.flush(timeout=1)
-        await self._nc.close()
+            with contextlib.suppress(NatsError, OSError, TimeoutError):
+                await self._nc.flush(timeout=1)
+        if self._nc.is_connected or self._nc.is_reconnecting:
+            await self._nc.close()
+
+    async def _log_error(self, error: Exception) -> None:
+        if repr(error) != self._last_error:  # the same one comes at every attempt to connect
+            self._last_error = repr(error)
+            log.warning(line("NATS error", url=self._url, error=self._last_error))
 
     async def _on_reconnect(self) -> None:
+        self._last_error = ""
         log.info(line("NATS reconnected", url=self._url))
         self._reconnected.set()
 
@@ -303,10 +314,6 @@ async def _persist(
         except (NatsError, OSError, TimeoutError) as error:
             log.warning(line("trying again", what=what, error=repr(error)))
             await asyncio.sleep(RETRY_S)
-
-
-async def _log_error(error: Exception) -> None:
-    log.warning(line("NATS error", error=repr(error)))
 
 
 async def _log_disconnect() -> None:

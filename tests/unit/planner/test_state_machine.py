@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -381,6 +382,46 @@ def test_lost_progress_messages_are_made_good_by_inventories(make_world):
     assert [a.pipelines for a in world.arranges] == [["p1"]]
 
 
+def test_restarted_planner_forgets_retirements_that_ended_meanwhile(make_world):
+    world = make_world()
+    world.join("i1", "i2")
+    world.notice("i2", 5.0)
+    num_sent = len(world.arranges)
+    world.advance(6.0)
+    world.restart_planner(meanwhile="i2")
+    world.advance(10.0)
+    assert len(world.plans) == 2
+    assert len(world.arranges) <= num_sent + 4
+    num_sent = len(world.arranges)
+    world.advance(10.0)
+    assert len(world.arranges) == num_sent
+
+
+def test_arranging_goes_on_after_a_restart(make_world):
+    world = make_world(data=1, pipeline=2, tensor=1)
+    world.join("i1")
+    world.does_prepare = False
+    world.join("i2")
+    world.restart_planner()
+    assert world.arranges == []
+    world.prepare()
+    assert [a.pipelines for a in world.arranges] == [["p1"]]
+    world.advance(3.0)
+    assert world.running() == ["p2"]
+
+
+def test_rank_with_too_little_memory_is_left_out(make_world):
+    world = make_world()
+    world.join("i1", "i2")
+    before = world.plan.pipelines
+    world.memory_bytes = 10_000_000
+    world.join("i3")
+    assert world.plan.pipelines == before
+    world.kill("i1")
+    assert [p.leader for p in world.plan.pipelines] == ["i2-0"]
+    assert any("left out" in note for note in world.plan.explanation.notes)
+
+
 def test_idle_spare_under_notice_is_no_news(make_world):
     world = make_world(data=1, pipeline=1, tensor=1)
     world.join("i1", "i2")
@@ -492,3 +533,15 @@ def test_any_sequence_of_events_ends_in_service(make_world, make_model, events, 
         assert world.ids, "there are ranks, and no pipeline"
         assert world.running() == world.ids
         assert set(world.plan.deadlines) == set()
+
+
+@pytest.mark.parametrize("targets", [{}, {"data": 1, "pipeline": 8, "tensor": 2}])
+def test_a_decision_for_16_ranks_takes_less_than_100_ms(make_world, make_model, targets):
+    model = make_model(num_layers=80, num_head_groups=8)
+    world = make_world(model=model, memory_bytes=20_000_000_000, **targets)
+    world.join(*(f"i{n}" for n in range(8)), num_ranks=2)
+    world.take_plan = world.plans.append
+    started_s = time.process_time()
+    world.notice("i3", 30.0)
+    assert time.process_time() - started_s < 0.1
+    assert world.plan.epoch == 2 or world.plan.retiring
