@@ -69,7 +69,7 @@ encode = msgspec.msgpack.encode
 decode = msgspec.msgpack.decode
 
 
-def free_port() -> int:
+def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -84,7 +84,7 @@ async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> Non
 
 class NatsServer:
     def __init__(self, directory: Path) -> None:
-        self.port = free_port()
+        self.port = _free_port()
         self.url = f"nats://127.0.0.1:{self.port}"
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
@@ -556,3 +556,13 @@ def sync_stack(nats_server: NatsServer, model_dir: Path) -> Iterator[tuple[opena
         yield client, stack
     thread.run(leave(maker))
     thread.close()
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    return _free_port
+
+
+@pytest.fixture
+def fake_engine_class() -> type[FakeEngine]:
+    return FakeEngine

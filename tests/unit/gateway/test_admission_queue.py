@@ -106,7 +106,8 @@ def test_retry_after_follows_the_rate():
 @given(st.lists(st.tuples(st.sampled_from(["push", "take", "back", "forget"]), st.integers(0, 9)), max_size=80))
 def test_nothing_is_lost_or_doubled(script):
     queue = make(5)
-    waiting, away = set(), set()
+    waiting: set[str] = set()
+    away: set[str] = set()
     for step, (kind, number) in enumerate(script):
         item = f"i{number}"
         if kind == "push" and item not in waiting | away and queue.push([item], 1e9, step):

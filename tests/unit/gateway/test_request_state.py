@@ -54,7 +54,6 @@ def of(effects, type_):
 def test_tokens_in_order():
     state = make()
     assert arrive(state, 0, 2) == [rs.Deliver(LOG[:2], None, 0)]
-    assert state.phase is Phase.STREAMING
     assert arrive(state, 2, 40, finish=FinishReason.LENGTH) == [rs.Deliver(LOG[2:], "length", 0)]
     assert state.phase is Phase.FINISHED
 

@@ -1,0 +1,165 @@
+"""The choice of a pipeline."""
+
+import pytest
+
+from engine.protocol import PipelineState
+from gateway.core.router import Fate, Router
+from planner.protocol import Explanation, ModelShape, Pipeline, Plan, Retiring, Shard, Stage
+
+
+def pipeline(name, inherits=()):
+    shard = Shard(rank=f"{name}-0", instance=name, first_group=0, last_group=0)
+    stages = [Stage(first_layer=0, last_layer=0, shards=[shard])]
+    return Pipeline(id=name, stages=stages, max_batch=4, num_kv_blocks=9, inherits=list(inherits))
+
+
+def plan(epoch, serving, retiring=()):
+    model = ModelShape(
+        name="m",
+        num_layers=1,
+        num_head_groups=1,
+        decoder_unit_bytes=1,
+        embedding_unit_bytes=1,
+        head_unit_bytes=1,
+        kv_unit_bytes_per_token=1,
+        kv_block_tokens=16,
+        max_model_len=100,
+        hidden_bytes_per_token=1,
+        tied_embeddings=True,
+    )
+    explanation = Explanation(
+        cause="",
+        cause_at_s=0,
+        decided_at_s=0,
+        arrivals_per_s=0,
+        num_ranks=1,
+        chosen=None,
+        alternatives=[],
+    )
+    return Plan(
+        epoch=epoch,
+        model=model,
+        pipelines=list(serving),
+        retiring=list(retiring),
+        transfers={},
+        addresses={},
+        explanation=explanation,
+        next_pipeline_number=9,
+    )
+
+
+def state(name, *, running=0, free=4, ready=True, draining=False, deadline_s=None, epoch=1):
+    return PipelineState(
+        pipeline=name,
+        epoch=epoch,
+        ready=ready,
+        draining=draining,
+        running=running,
+        waiting=0,
+        free_slots=free,
+        total_kv_blocks=9,
+        free_kv_blocks=9,
+        deadline_s=deadline_s,
+    )
+
+
+def make(*states, retiring=(), inherits=None):
+    router = Router()
+    named = [pipeline(s.pipeline, (inherits or {}).get(s.pipeline, ())) for s in states]
+    router.observe_plan(plan(1, [p for p in named if p.id not in retiring]))
+    for one in states:
+        router.observe_state(one, 0.0)
+    return router
+
+
+def test_nothing_without_plan_or_state():
+    router = Router()
+    router.observe_state(state("a"), 0.0)
+    assert router.choose(0.0) is None
+    assert "plan" in router.waiting_reason(0.0)
+    router.observe_plan(plan(1, [pipeline("a"), pipeline("b")]))
+    assert router.choose(0.0) == "a"
+    assert "b" in router.waiting_reason(0.0)
+    router.observe_plan(plan(2, []))
+    assert "too few" in router.waiting_reason(0.0)
+
+
+@pytest.mark.parametrize(
+    "unfit",
+    [
+        {"ready": False},
+        {"draining": True},
+        {"free": 0},
+        {"deadline_s": 1.9},
+    ],
+)
+def test_unfit_pipelines_get_nothing(unfit):
+    assert make(state("a", **unfit), state("b", running=3, free=1)).choose(0.0) == "b"
+
+
+def test_stale_state_is_not_counted_on():
+    router = make(state("a"))
+    assert router.choose(3.0) == "a"
+    assert router.choose(3.1) is None
+    assert router.ready(3.1) == []
+
+
+def test_least_loaded_then_longest_lived():
+    assert make(state("a", running=2, free=2), state("b", running=1, free=3)).choose(0.0) == "b"
+    assert make(state("a", deadline_s=30.0), state("b", running=3, free=1)).choose(0.0) == "b"
+    assert make(state("a", deadline_s=30.0), state("b", deadline_s=60.0)).choose(0.0) == "b"
+
+
+def test_own_dispatches_count_until_the_pipeline_has_told_of_them():
+    router = make(state("a", free=2), state("b", free=2))
+    chosen = []
+    for _ in range(4):
+        name = router.choose(0.0)
+        assert name is not None
+        chosen.append(name)
+        router.submitting(name)
+    assert sorted(chosen) == ["a", "a", "b", "b"]
+    assert router.choose(0.0) is None
+    router.submitted("a", accepted=True)
+    assert router.choose(0.0) is None
+    router.observe_state(state("a", running=1, free=1), 0.1)
+    assert router.choose(0.1) is None
+    router.submitted("a", accepted=True)
+    router.observe_state(state("a", running=2, free=2), 0.2)
+    assert router.choose(0.2) == "a"
+
+
+def test_refusing_pipeline_is_left_alone_for_a_while():
+    router = make(state("a"), state("b", running=3, free=1))
+    router.submitting("a")
+    router.submitted("a", accepted=False, blocked_until_s=0.5)
+    router.observe_state(state("a"), 0.1)
+    assert router.choose(0.1) == "b"
+    assert "a" in router.ready(0.1)
+    assert router.choose(0.5) == "a"
+
+
+def test_heir_is_preferred():
+    router = make(state("a"), state("b", running=3, free=1), inherits={"b": ["old"]})
+    assert router.choose(0.0, heir_of="old") == "b"
+    assert router.choose(0.0, heir_of="other") == "a"
+    router.observe_state(state("b", running=4, free=0), 0.1)
+    assert router.choose(0.1, heir_of="old") == "a"
+
+
+def test_fates():
+    router = make(state("a"), state("b"))
+    broken = Retiring(pipeline=pipeline("b"), reason="lost", broken=True)
+    handing_back = Retiring(pipeline=pipeline("a"), reason="notice", deadline_s=10.0)
+    assert router.observe_plan(plan(2, [pipeline("c")], [handing_back, broken]))
+    assert [router.fate(p) for p in "abcd"] == [Fate.RETIRING, Fate.GONE, Fate.SERVING, Fate.GONE]
+    assert router.choose(0.0) == "a"
+    router.observe_state(state("a"), 8.5)
+    assert router.choose(8.5) is None
+
+
+def test_older_plans_and_states_are_ignored():
+    router = make(state("a", epoch=5))
+    assert not router.observe_plan(plan(1, []))
+    router.observe_state(state("a", ready=False, epoch=4), 0.0)
+    assert router.choose(0.0) == "a"
