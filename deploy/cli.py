@@ -205,6 +205,8 @@ def chat(
 
 
 def _converse(conversation: Conversation) -> None:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() has line editing and a history with it
     while True:
         try:
             text = input("> ").strip()

@@ -57,10 +57,14 @@ class LocalCloud:
         self.instances: dict[str, Instance] = {}
 
     async def add(self, market: Market | None = None) -> str:
-        """Launch one more instance; returns its id."""
+        """Launch one more instance; returns its id. Raises CommandError."""
         id_, market = self._take_id(), market or self._default_market
         self._bus.post(InstanceStarting(instance=id_, market=market, num_ranks=self._ranks_per_instance))
-        instance = Instance(id_, await self._launch(id_, market))
+        try:
+            instance = Instance(id_, await self._launch(id_, market))
+        except OSError as error:
+            self._bus.post(InstanceLost(instance=id_, reason=f"cannot be started: {error}", detected_at_s=time.time()))
+            raise CommandError(f"{id_} cannot be started: {error}") from error
         self.instances[id_] = instance
         watcher = asyncio.create_task(self._watch(instance))
         self._watchers.add(watcher)

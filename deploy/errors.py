@@ -105,7 +105,7 @@ class NatsUnreachableError(DeployError):
 
 
 class AlreadyRunningError(DeployError):
-    def __init__(self, pid: int, state_dir: Path) -> None:
+    def __init__(self, pid: str, state_dir: Path) -> None:
         super().__init__(f"another `spotserve up` (pid {pid}) uses {state_dir}: stop it, or give another --state-dir")
         self.pid = pid
 

@@ -63,7 +63,8 @@ def serve(settings: UpSettings, environ: Mapping[str, str], say: Say, commands: 
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a download ends with us
         prepared = prepare(settings, say)
-        state.begin(keep_state=settings.keep_state)
+        # An external server remembers the instances of earlier fleets: their ids must not come again.
+        state.begin(keep_state=settings.keep_state or settings.nats_url is not None)
         asyncio.run(Supervisor(settings, environ, say, commands).run(prepared))
     finally:
         state.release()
@@ -272,7 +273,7 @@ class Supervisor:
             "in another terminal:\n"
             '  spotserve chat "Tell me a story"   stream an answer\n'
             "  spotserve status                   the fleet and its pipelines\n"
-            f"  spotserve preempt {first} --notice 30  take an instance away; the stream goes on\n\n"
+            f"  spotserve preempt {first:<3}              take an instance away in 30 s; the stream goes on\n\n"
             "Ctrl-C stops everything."
         )
 

@@ -66,7 +66,7 @@ class StateDir:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            owner = int(file.read() or 0)
+            owner = file.read().strip() or "unknown"
             file.close()
             raise AlreadyRunningError(owner, self.path) from None
         file.truncate(0)

@@ -29,10 +29,11 @@ def status_tables(report: StatusReport, now_s: float) -> Group:
         if requests.running is None
         else f"{requests.running} running, {requests.waiting} waiting"
     )
-    return Group(
+    no_pipeline = Text("no pipeline: requests wait", style="yellow")
+    return _apart(
         Text(f"epoch {report.epoch}, {counts}", style="bold"),
         _instance_table(report, now_s),
-        _pipeline_table(report.pipelines) if report.pipelines else Text("no pipeline: requests wait", style="yellow"),
+        _pipeline_table(report.pipelines) if report.pipelines else no_pipeline,
     )
 
 
@@ -49,7 +50,7 @@ def plan_tables(status: Status) -> Group:
         parts.append(_alternatives_table(explanation.alternatives))
     if status.history:
         parts.append(_history_table(status.history[:HISTORY_ROWS]))
-    return Group(*parts)
+    return _apart(*parts)
 
 
 def describe_config(config: ParallelConfig | None) -> str:
@@ -69,6 +70,12 @@ def describe_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} GB"
+
+
+def _apart(*parts: RenderableType) -> Group:
+    """With an empty line between two parts."""
+    spaced = [line for part in parts for line in (part, Text())]
+    return Group(*spaced[:-1])
 
 
 def _instance_table(report: StatusReport, now_s: float) -> Table:
