@@ -96,7 +96,8 @@ async def engine() -> None:
     rank = await asyncio.create_subprocess_exec(sys.executable, "-c", RANK)
     print(f"agent ready, rank {rank.pid}", flush=True)
     stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    on_sigterm = (lambda: None) if "STUB_ENGINE_STAYS" in os.environ else stop.set
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, on_sigterm)
     await stop.wait()
 
 

@@ -17,6 +17,7 @@ import msgspec
 import psutil
 import pytest
 
+from deploy.local import STOP_GRACE_S
 from deploy.preflight import find_nats_server, free_port
 from deploy.state import Running
 
@@ -149,6 +150,21 @@ def test_starts_in_order_serves_and_ctrl_c_leaves_nothing(start: Start) -> None:
     assert up.process.wait(20) == 0, up.said()
     assert up.left() == []
     assert not (up.state_dir / "up.json").exists()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_part_that_stays(start: Start) -> None:
+    up = start(num_instances=1, env={"STUB_ENGINE_STAYS": "1"})
+    up.wait_until_ready()
+    agent = psutil.Process(up.running().pids["i0"])
+    wait_for(lambda: "agent ready" in up.log("i0"), "no agent")
+    up.process.send_signal(signal.SIGINT)
+    wait_for(lambda: "stopping" in up.said(), up.said())
+    assert agent.is_running()
+    asked_s = time.monotonic()
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(20) == 0
+    assert time.monotonic() - asked_s < STOP_GRACE_S
+    assert up.left() == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a watcher does it, within a moment")
