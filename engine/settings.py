@@ -14,6 +14,7 @@ from planner.protocol import Market
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DeviceName = Literal["cpu", "cuda"]
 Reduction = Literal["fast", "fixed"]
+KvTransfer = Literal["auto", "always", "never"]
 
 PREFIX = "SPOTSERVE_ENGINE_"
 
@@ -48,6 +49,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """A pipeline under notice stops this long before it would have to, in case the estimate is wrong."""
     parked_kv_s: float = 60.0
     """How long the KV of interrupted sequences is kept for others to pull."""
+    kv_transfer: KvTransfer = "auto"
+    """Whether an interrupted sequence's KV is pulled: auto takes what the cost model says is sooner, a sequence at a time."""
     log_level: str = "INFO"
 
     @classmethod

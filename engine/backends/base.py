@@ -8,7 +8,7 @@ happens. Methods are called from the event loop's thread; events may come from a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from engine.core.roles import Position, Unit
 from engine.core.scheduler import OutEntry, PullOrder
@@ -59,22 +59,29 @@ class PipelineEvents(Protocol):
         """A member died, or it was aborted."""
 
 
+@runtime_checkable
 class RunningPipeline(Protocol):
-    """One rank's part of a started pipeline. Only the leader's part takes requests."""
+    """One rank's part of a started pipeline."""
+
+    def abort(self, cause: str) -> None:
+        """Give up at once, also when a peer never answers."""
+
+
+@runtime_checkable
+class LedPipeline(RunningPipeline, Protocol):
+    """The leader's part: it takes the requests of the whole pipeline."""
 
     async def submit(self, request: GenerateRequest) -> SubmitReply: ...
 
     def cancel(self, request_id: str) -> None: ...
 
-    async def resend(self, request_id: str, choice: int, from_index: int) -> TokenEntry | None: ...
+    async def resend(self, request_id: str, choice: int, from_index: int) -> TokenEntry | None:
+        """The token log of a sequence from an index on; also after the pipeline has stopped."""
 
     def pull_done(self, key: SequenceKey, *, ok: bool, pull_s: float) -> None: ...
 
     def arrange(self, deadline_s: float | None, migration_s: float) -> None:
         """Stop at a token boundary, as late as the deadline allows (None: at the next one)."""
-
-    def abort(self, cause: str) -> None:
-        """Give up at once, also when a peer never answers."""
 
     def is_draining(self) -> bool:
         """Told to stop, or stopped."""
@@ -114,7 +121,7 @@ class Backend(Protocol):
         """Forget a prepared (or preparing) pipeline."""
 
     def start(self, pipeline: str, events: PipelineEvents) -> RunningPipeline:
-        """Run a prepared position."""
+        """Run a prepared position; the result is a `LedPipeline` where the position leads."""
 
     def free_unneeded(self, pipeline: str) -> None:
         """Free the weights that neither `pipeline`, which runs, nor a prepared pipeline needs."""

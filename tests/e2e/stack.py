@@ -25,8 +25,8 @@ from nats.aio.client import Client
 
 from deploy.protocol import AddCommand, CommandReply, KillCommand, PreemptCommand, supervisor_subject
 from deploy.state import Running, StateDir
-from engine.protocol import EngineSubjects, PipelineState
-from planner.protocol import InstanceState, Message, Phase, Plan, PlannerSubjects, RankProgress, Status, StatusRequest
+from engine.protocol import EngineSubjects, PipelineState, ResumeStats, TokenFrame
+from planner.protocol import InstanceState, Message, Plan, PlannerSubjects, RankProgress, Status, StatusRequest
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 40.0
@@ -72,7 +72,8 @@ class Stack:
 
     def _is_ready(self) -> bool:
         with contextlib.suppress(httpx.HTTPError):
-            return bool(httpx.get(self.base_url + "/ready", timeout=2).status_code == 200)
+            response: httpx.Response = httpx.get(self.base_url + "/ready", timeout=2)
+            return response.status_code == 200
         return False
 
     @property
@@ -170,6 +171,7 @@ class Session:
         self.states: dict[str, PipelineState] = {}
         self.progress: list[RankProgress] = []
         self.plans: list[Plan] = []
+        self.resumes: list[ResumeStats] = []
 
     async def __aenter__(self) -> Session:
         self.client = await nats.connect(
@@ -179,6 +181,7 @@ class Session:
         await self._watch(EngineSubjects(self._slug).all_states, PipelineState, self._keep_state)
         await self._watch(planner.all_progress, RankProgress, self.progress.append)
         await self._watch(planner.plan, Plan, self.plans.append)
+        await self._watch(EngineSubjects(self._slug).all_tokens, TokenFrame, self._keep_resumes)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -187,6 +190,9 @@ class Session:
 
     def _keep_state(self, state: PipelineState) -> None:
         self.states[state.pipeline] = state
+
+    def _keep_resumes(self, frame: TokenFrame) -> None:
+        self.resumes += [entry.resume for entry in frame.entries if entry.resume is not None]
 
     async def _watch(self, subject: str, kind: type[M], handle: Callable[[M], None]) -> None:
         async def received(msg: Any) -> None:
@@ -245,18 +251,23 @@ class Session:
         return await self.shape() == tuple(sorted(shape))
 
     async def restore(self, num_instances: int) -> None:
-        """Bring the fleet back to `num_instances` ready instances in grace-free peace."""
+        """Bring the fleet to `num_instances` ready instances, none under notice, and wait until all is quiet."""
+        alive = [i for i in (await self.status()).instances if i.state is not InstanceState.LOST]
+        staying = [i for i in alive if i.state is not InstanceState.GRACE]
+        for _ in range(num_instances - len(staying)):
+            await self.add()
+        for extra in staying[num_instances:]:
+            await self.kill(extra.id)
+        await self.quiet(num_instances)
 
-        async def peaceful() -> bool:
+    async def quiet(self, num_instances: int) -> None:
+        """Wait until exactly `num_instances` instances are there, ready, and nothing is under way."""
+
+        async def all_ready() -> bool:
             states = [i.state for i in (await self.status()).instances if i.state is not InstanceState.LOST]
             return states == [InstanceState.READY] * num_instances
 
-        alive = [i for i in (await self.status()).instances if i.state is not InstanceState.LOST]
-        for _ in range(num_instances - len([i for i in alive if i.state is not InstanceState.GRACE])):
-            await self.add()
-        for extra in [i for i in alive if i.state is InstanceState.READY][num_instances:]:
-            await self.kill(extra.id)
-        await self.until(peaceful, f"{num_instances} ready instances")
+        await self.until(all_ready, f"{num_instances} ready instances")
         await self.settled()
 
     async def until(self, condition: Callable[[], Any], what: str, timeout_s: float = SETTLE_TIMEOUT_S) -> None:
@@ -342,9 +353,6 @@ class Session:
             lambda: all(len(a.ids) >= num_tokens or a.finish_reason or a.error for a in answers),
             f"{num_tokens} tokens on every stream",
         )
-
-    def last_prepared(self) -> list[RankProgress]:
-        return [p for p in self.progress if p.phase is Phase.PREPARED]
 
 
 async def _ignore(_error: Exception) -> None:

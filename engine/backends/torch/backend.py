@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -193,8 +194,11 @@ class TorchBackend:
 
     def _cost(self) -> CostEstimate:
         profile, model = self.profile(), self._model
+        prefill_s_per_token = profile.prefill_layer_ms_per_token * model.num_layers / 1e3
+        if self._settings.kv_transfer != "auto":
+            prefill_s_per_token = math.inf if self._settings.kv_transfer == "always" else 0.0
         return CostEstimate(
-            prefill_s_per_token=profile.prefill_layer_ms_per_token * model.num_layers / 1e3,
+            prefill_s_per_token=prefill_s_per_token,
             transfer_bytes_per_s=profile.transfer_bytes_per_s,
             transfer_latency_s=0.005,
             kv_bytes_per_token=model.kv_unit_bytes_per_token * model.num_layers * model.num_head_groups,

@@ -1,0 +1,239 @@
+"""What must survive, on the real stack with a tiny model: token ids equal those of an undisturbed run.
+
+The stacks run with `--reduction fixed` in float32, where every shape and every batch gives the same bits; so all
+comparisons here are exact, for greedy and for seeded sampling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.stack import Answer, Prompt, Session, Stack
+from tests.tiny_model import make_tiny_model
+
+NUM_STREAMS = 6
+FIXED = ("--reduction", "fixed", "--dtype", "float32")
+
+
+def prompts(max_tokens: int) -> list[Prompt]:
+    """Six streams of different length, half of them sampled at temperature 1."""
+    return [
+        Prompt(
+            ids=tuple((7 * i + 11 * j) % 250 + 3 for j in range(4 + 9 * i)),
+            max_tokens=max_tokens,
+            temperature=float(i % 2),
+            seed=1000 + i,
+        )
+        for i in range(NUM_STREAMS)
+    ]
+
+
+async def expected_answers(session: Session, requests: list[Prompt]) -> list[list[int]]:
+    """The oracle: the same requests on the same stack while nothing happens."""
+    return [answer.ids for answer in await asyncio.gather(*map(session.stream, requests))]
+
+
+def check(answers: list[Answer], expected: list[list[int]]) -> None:
+    for answer, ids in zip(answers, expected, strict=True):
+        assert answer.error is None
+        assert answer.ids == ids
+        assert answer.finish_reason == "length"
+        assert answer.usage["completion_tokens"] == len(ids)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", max_len=4096)
+
+
+class Shared:
+    """A stack that several tests of a module use one after the other; each leaves three ready instances."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.expected: dict[int, list[list[int]]] = {}
+
+    async def oracle(self, session: Session, max_tokens: int) -> list[list[int]]:
+        if max_tokens not in self.expected:
+            self.expected[max_tokens] = await expected_answers(session, prompts(max_tokens))
+        return self.expected[max_tokens]
+
+
+def shared_stack(tmp_path_factory: pytest.TempPathFactory, tiny: Path, *options: str) -> Iterator[Shared]:
+    # For a model this small the cost model would compute the KV again, and nothing would be pulled.
+    environ = {"SPOTSERVE_UP_RESTART_DELAY_S": "5", "SPOTSERVE_ENGINE_KV_TRANSFER": "always"}
+    stack = Stack(tmp_path_factory.mktemp("stack") / "state", tiny, *FIXED, *options, environ=environ)
+    stack.start()
+    yield Shared(stack)
+    stack.stop()
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Shared]:
+    """Three pipelines of one rank each."""
+    yield from shared_stack(tmp_path_factory, tiny)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Shared]:
+    """One pipeline, with as many stages as there are instances, up to three."""
+    yield from shared_stack(tmp_path_factory, tiny, "--pipelines", "1", "--stages", "3", "--tensor", "1")
+
+
+@pytest.fixture(scope="module")
+def tensor(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Shared]:
+    """One pipeline of one stage, in three shards when there are three instances."""
+    yield from shared_stack(tmp_path_factory, tiny, "--pipelines", "1", "--stages", "1", "--tensor", "3")
+
+
+@pytest.fixture(params=["replicas", "stages", "tensor"])
+async def each_shape(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Shared, Session]]:
+    shared: Shared = request.getfixturevalue(request.param)
+    async with Session(shared.stack) as session:
+        await session.restore(3)
+        yield shared, session
+        await session.settled()
+
+
+@pytest.fixture
+async def on_replicas(replicas: Shared) -> AsyncIterator[tuple[Shared, Session]]:
+    async with Session(replicas.stack) as session:
+        await session.restore(3)
+        yield replicas, session
+        await session.settled()
+
+
+@pytest.fixture
+async def on_stages(stages: Shared) -> AsyncIterator[tuple[Shared, Session]]:
+    async with Session(stages.stack) as session:
+        await session.restore(3)
+        yield stages, session
+        await session.settled()
+
+
+async def test_a_preemption_with_notice_moves_the_kv(each_shape: tuple[Shared, Session]) -> None:
+    shared, session = each_shape
+    expected = await shared.oracle(session, 300)
+    answers, tasks = session.begin(prompts(300))
+    await session.all_decode(answers)
+    victim = (await session.ready_instances())[0]
+    await session.preempt(victim, 5.0)
+    await asyncio.gather(*tasks)
+    check(answers, expected)
+    assert session.resumes, "nothing was interrupted"
+    assert all(resume.pulled_tokens > 0 and resume.recomputed_tokens == 0 for resume in session.resumes)
+
+
+async def test_a_kill_without_notice_recomputes(each_shape: tuple[Shared, Session]) -> None:
+    shared, session = each_shape
+    expected = await shared.oracle(session, 300)
+    answers, tasks = session.begin(prompts(300))
+    await session.all_decode(answers)
+    await session.kill((await session.ready_instances())[0])
+    await asyncio.gather(*tasks)
+    check(answers, expected)
+
+
+async def test_an_added_instance_is_used(each_shape: tuple[Shared, Session]) -> None:
+    shared, session = each_shape
+    expected = await shared.oracle(session, 1500)
+    await session.kill((await session.ready_instances())[1])
+    await session.quiet(2)
+    answers, tasks = session.begin(prompts(1500))
+    await session.all_decode(answers)
+    added = await session.add()
+
+    async def is_used() -> bool:
+        plan = (await session.status()).plan
+        return plan is not None and any(
+            shard.instance == added and session.is_serving(pipeline.id)
+            for pipeline in plan.pipelines
+            for stage in pipeline.stages
+            for shard in stage.shards
+        )
+
+    await session.until(is_used, f"{added} serves")
+    await asyncio.gather(*tasks)
+    check(answers, expected)
+
+
+async def test_two_preemptions_a_second_apart(each_shape: tuple[Shared, Session]) -> None:
+    shared, session = each_shape
+    expected = await shared.oracle(session, 300)
+    answers, tasks = session.begin(prompts(300))
+    await session.all_decode(answers)
+    first, second, _ = await session.ready_instances()
+    await session.preempt(first, 4.0)
+    await asyncio.sleep(1.0)
+    await session.preempt(second, 4.0)
+    await asyncio.gather(*tasks)
+    check(answers, expected)
+
+
+async def test_a_kill_during_a_migration(on_stages: tuple[Shared, Session]) -> None:
+    shared, session = on_stages
+    expected = await shared.oracle(session, 300)
+    answers, tasks = session.begin(prompts(300))
+    await session.all_decode(answers)
+    first, second, _ = await session.ready_instances()
+    num_plans = len(session.plans)
+    await session.preempt(first, 4.0)
+    await session.until(lambda: len(session.plans) > num_plans, "a plan for the notice")
+    await session.kill(second)
+    await asyncio.gather(*tasks)
+    check(answers, expected)
+
+
+async def test_down_to_nothing_and_back(on_replicas: tuple[Shared, Session]) -> None:
+    shared, session = on_replicas
+    expected = await shared.oracle(session, 300)
+    answers, tasks = session.begin(prompts(300))
+    await session.all_decode(answers)
+    for instance in await session.ready_instances():
+        await session.preempt(instance, 3.0)
+
+    async def nothing_is_left() -> bool:
+        return not (await session.shape()) and not await session.ready_instances()
+
+    await session.until(nothing_is_left, "no instance")
+    assert (await session.http.get("/ready")).status_code == 503
+    assert (await session.http.get("/health")).status_code == 200
+    counts = (await session.http.get("/internal/requests")).json()
+    assert counts["waiting"] + counts["running"] == sum(not task.done() for task in tasks)
+    await session.add()
+    await asyncio.gather(*tasks)
+    check(answers, expected)
+
+
+async def test_the_planner_is_killed_and_comes_back(on_replicas: tuple[Shared, Session]) -> None:
+    shared, session = on_replicas
+    expected = await shared.oracle(session, 1500)
+    answers, tasks = session.begin(prompts(1500))
+    await session.all_decode(answers)
+    epoch = (await session.status()).epoch
+    planner = session.stack.running.pids["planner"]
+    os.kill(planner, signal.SIGKILL)
+    await session.until(lambda: session.stack.running.pids["planner"] != planner, "another planner")
+    status = await session.status()
+    assert status.epoch == epoch
+    assert len(status.instances) >= 3
+    await session.kill((await session.ready_instances())[0])
+    await asyncio.gather(*tasks)
+    check(answers, expected)
+    assert (await session.status()).epoch > epoch
+
+
+async def test_nats_is_killed_and_comes_back_after_five_seconds(on_replicas: tuple[Shared, Session]) -> None:
+    shared, session = on_replicas
+    expected = await shared.oracle(session, 1500)
+    answers, tasks = session.begin(prompts(1500))
+    await session.all_decode(answers)
+    os.kill(session.stack.running.pids["nats"], signal.SIGKILL)
+    await asyncio.gather(*tasks)
+    check(answers, expected)
