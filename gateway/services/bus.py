@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol, TypeVar
@@ -32,6 +33,8 @@ _log = logging.getLogger(__name__)
 _SUBMIT_TIMEOUT_S = 1.0
 _RESEND_TIMEOUT_S = 0.5
 _PLAN_POLL_S = 2.0
+_MIN_PLAN_POLL_S = 0.2
+_CLOSE_TIMEOUT_S = 2.0
 _RECONNECT_WAIT_S = 0.2
 
 _M = TypeVar("_M", SubmitReply, ResendReply)
@@ -62,6 +65,7 @@ class Bus:
         self._encoder = msgspec.msgpack.Encoder()
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_error = ""
+        self._plan_wanted = asyncio.Event()
 
     @property
     def connected(self) -> bool:
@@ -71,13 +75,18 @@ class Bus:
         """Connect in the background, and keep trying."""
         self._spawn(self._run(listener))
 
+    def want_plan(self) -> None:
+        """Somebody acts on a newer plan than the one that was announced here: read it soon."""
+        self._plan_wanted.set()
+
     async def close(self) -> None:
         """Send what is buffered, then disconnect."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.connected:
-            await self._client.drain()
+            with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
+                await asyncio.wait_for(self._client.drain(), _CLOSE_TIMEOUT_S)
         elif not self._client.is_closed:
             await self._client.close()
 
@@ -167,9 +176,12 @@ class Bus:
         await self._subscribe(self._planner.plan, Plan, listener.on_plan)
         listener.on_connected()
         while True:
+            self._plan_wanted.clear()
             if self.connected:
                 await self._read_plan(listener)
-            await asyncio.sleep(_PLAN_POLL_S)
+            await asyncio.sleep(_MIN_PLAN_POLL_S)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._plan_wanted.wait(), _PLAN_POLL_S)
 
     async def _read_plan(self, listener: Listener) -> None:
         """The plan that is kept, for a gateway that came later or missed the announcement."""

@@ -165,6 +165,8 @@ class Dispatcher:
         self._pump()
 
     def on_state(self, state: PipelineState) -> None:
+        if self.router.plan is None or state.epoch > self.router.plan.epoch:
+            self._bus.want_plan()
         self.router.observe_state(state, self._clock())
         self._pump()
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import msgspec
 import openai
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -10,6 +11,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from engine.protocol import RejectReason
+from planner.protocol import LoadReport
 
 
 async def until(condition, timeout_s=10.0):
@@ -287,3 +289,67 @@ async def test_trace_of_an_interrupted_request(make_stack, expected):
     assert p1.headers[0]["traceparent"].split("-")[2] == format(attempts[1].context.span_id, "016x")
     server_span = next(s for s in spans if s.name == "text_completion")
     assert dict(server_span.attributes or {})["gen_ai.usage.output_tokens"] == 60
+
+
+async def test_keep_alive_comments_only_in_silence(make_stack):
+    stack = await make_stack(keep_alive_s=0.1)
+    await stack.engine.add("p0", step_s=0.25)
+    await stack.engine.plan("p0")
+    await stack.ready()
+    body = {"model": "tiny-chat", "prompt": "abc", "max_tokens": 3, "stream": True}
+    events = (await stack.http.post("/v1/completions", json=body)).content.split(b"\n\n")
+    assert events[0].startswith(b"data: {")
+    assert events.count(b": keep-alive") == 4
+    assert events[-2:] == [b"data: [DONE]", b""]
+
+
+async def test_slow_reader_blocks_only_itself(stack, expected):
+    """A client that does not read; the others go on, and it gets everything later."""
+    p0 = stack.engine.pipelines["p0"]
+    p0.step_s = 0
+    body = {"model": "tiny-chat", "prompt": "abc", "max_tokens": 200, "n": 8, "stream": True}
+    async with stack.http.stream("POST", "/v1/completions", json={**body, "return_token_ids": True}) as slow:
+        await until(lambda: len(p0.submitted) == 8)
+        fast = Stream(stack, max_tokens=20)
+        await fast.task
+        assert fast.ids == expected(next(r for r in p0.submitted if r.sampling.seed == 7))
+        ids: dict[int, list[int]] = {i: [] for i in range(8)}
+        async for line in slow.aiter_lines():
+            if line.startswith("data: {"):
+                choice = json.loads(line[6:])["choices"][0]
+                ids[choice["index"]] += choice["token_ids"]
+    by_choice = {r.choice: r for r in p0.submitted if r.sampling.max_tokens == 200}
+    assert ids == {i: expected(by_choice[i]) for i in range(8)}
+
+
+async def test_load_is_reported(stack):
+    reports = []
+
+    async def on_report(message):
+        reports.append(msgspec.msgpack.decode(message.data, type=LoadReport))
+
+    client = stack.engine.client
+    await client.subscribe(f"{stack.engine.subjects.prefix}.load.*", cb=on_report)
+    stack.engine.pipelines["p0"].step_s = 0.1
+    stream = Stream(stack, max_tokens=20, prompt=[5, 6, 7])
+    await until(lambda: any(report.running for report in reports))
+    await stream.task
+    await until(lambda: reports[-1].mean_output_tokens)
+    last = reports[-1]
+    assert (last.gateway, last.mean_prompt_tokens, last.mean_output_tokens) == ("gw", 3.0, 20.0)
+    assert last.arrivals_per_s == pytest.approx(1 / 30)
+
+
+async def test_malformed_messages_are_dropped(stack, expected):
+    engine, p0 = stack.engine, stack.engine.pipelines["p0"]
+    stream = Stream(stack)
+    await stream.progress(3)
+    for subject in (
+        engine.subjects.tokens("gw", "p0"),
+        engine.subjects.state("p0"),
+        f"{engine.subjects.prefix}.plan",
+    ):
+        for data in (b"", b"\xc1", b"\x81\xa4type\xa5Other"):
+            await engine.client.publish(subject, data)
+    await stream.task
+    assert stream.ids == expected(p0.submitted[0])
