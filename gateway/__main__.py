@@ -79,7 +79,7 @@ def _serve(settings: Settings, tokenizer: TextTokenizer, listener: socket.socket
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     host, port = listener.getsockname()[:2]
-    logging.getLogger(__name__).info("serving %s on http://%s:%d/v1", front.model_name, host, port)
+    logging.getLogger("gateway").info("serving %s on http://%s:%d/v1", front.model_name, host, port)
     try:
         _Server(config, front.dispatcher.drain).run(sockets=[listener])
     finally:

@@ -65,6 +65,7 @@ class Bus:
         self._encoder = msgspec.msgpack.Encoder()
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_error = ""
+        self._closing = False
         self._plan_wanted = asyncio.Event()
 
     @property
@@ -81,6 +82,7 @@ class Bus:
 
     async def close(self) -> None:
         """Send what is buffered, then disconnect."""
+        self._closing = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -147,7 +149,8 @@ class Bus:
             await self._read_plan(listener)
 
         async def disconnected() -> None:
-            _log.warning("NATS connection to %s lost", self._url)
+            if not self._closing:
+                _log.warning("NATS connection to %s lost", self._url)
 
         async def on_error(error: Exception) -> None:
             text = str(error) or type(error).__name__
