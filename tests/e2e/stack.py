@@ -233,6 +233,30 @@ class Session:
     async def ready_instances(self) -> list[str]:
         return [i.id for i in (await self.status()).instances if i.state is InstanceState.READY]
 
+    async def has_instances(self, num_instances: int) -> bool:
+        """Exactly so many instances are there, all ready."""
+        states = [i.state for i in (await self.status()).instances if i.state is not InstanceState.LOST]
+        return states == [InstanceState.READY] * num_instances
+
+    async def until_gone(self, instance: str) -> None:
+        """Wait until the instance is lost and every pipeline of the plan serves without it."""
+
+        async def is_gone() -> bool:
+            alive = {i.id for i in (await self.status()).instances if i.state is not InstanceState.LOST}
+            return instance not in alive and bool(await self.shape()) and not await self.is_used(instance)
+
+        await self.until(is_gone, f"{instance} is gone and the rest serves")
+
+    async def is_used(self, instance: str) -> bool:
+        """The instance has a position in a pipeline that serves."""
+        plan = (await self.status()).plan
+        return plan is not None and any(
+            shard.instance == instance and self.is_serving(pipeline.id)
+            for pipeline in plan.pipelines
+            for stage in pipeline.stages
+            for shard in stage.shards
+        )
+
     async def shape(self) -> tuple[tuple[int, int], ...]:
         """(stages, shards) of each pipeline that takes requests."""
         plan = (await self.status()).plan
@@ -243,12 +267,6 @@ class Session:
     def is_serving(self, pipeline: str) -> bool:
         state = self.states.get(pipeline)
         return state is not None and state.ready and not state.draining
-
-    async def until_shape(self, *shape: tuple[int, int]) -> None:
-        await self.until(lambda: self._has_shape(shape), f"shape {shape}")
-
-    async def _has_shape(self, shape: tuple[tuple[int, int], ...]) -> bool:
-        return await self.shape() == tuple(sorted(shape))
 
     async def restore(self, num_instances: int) -> None:
         """Bring the fleet to `num_instances` ready instances, none under notice, and wait until all is quiet."""
@@ -263,11 +281,7 @@ class Session:
     async def quiet(self, num_instances: int) -> None:
         """Wait until exactly `num_instances` instances are there, ready, and nothing is under way."""
 
-        async def all_ready() -> bool:
-            states = [i.state for i in (await self.status()).instances if i.state is not InstanceState.LOST]
-            return states == [InstanceState.READY] * num_instances
-
-        await self.until(all_ready, f"{num_instances} ready instances")
+        await self.until(lambda: self.has_instances(num_instances), f"{num_instances} ready instances")
         await self.settled()
 
     async def until(self, condition: Callable[[], Any], what: str, timeout_s: float = SETTLE_TIMEOUT_S) -> None:
@@ -341,18 +355,61 @@ class Session:
                 if line.startswith("data: ") and line != "data: [DONE]":
                     yield json.loads(line.removeprefix("data: "))
 
-    def begin(self, prompts: list[Prompt]) -> tuple[list[Answer], list[asyncio.Task[Answer]]]:
-        """Start all streams; answers fill as tokens come."""
-        answers = [Answer() for _ in prompts]
-        tasks = [asyncio.create_task(self.stream(p, a)) for p, a in zip(prompts, answers, strict=True)]
-        return answers, tasks
 
-    async def all_decode(self, answers: list[Answer], num_tokens: int = 3) -> None:
-        """Wait until every stream has brought some tokens."""
-        await self.until(
-            lambda: all(len(a.ids) >= num_tokens or a.finish_reason or a.error for a in answers),
-            f"{num_tokens} tokens on every stream",
-        )
+class Traffic:
+    """Streams that go on all the time: each prompt again and again, every answer checked against its oracle.
+
+    `async with`: enters when every stream decodes, leaves when each has brought one more whole answer.
+    """
+
+    def __init__(self, session: Session, prompts: list[Prompt], expected: list[list[int]]) -> None:
+        self._session = session
+        self._prompts = prompts
+        self._expected = expected
+        self._open = [Answer() for _ in prompts]
+        self.answers: list[Answer] = []
+        self._workers: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    async def __aenter__(self) -> Traffic:
+        self._workers = [asyncio.create_task(self._work(i)) for i in range(len(self._prompts))]
+        await self.goes_on()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for worker in self._workers:
+                worker.cancel()
+        self._stopping = True
+        await asyncio.gather(*self._workers, return_exceptions=kind is not None)
+
+    async def _work(self, index: int) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._stopping
+            self._open[index] = Answer()
+            answer = await self._session.stream(self._prompts[index], self._open[index])
+            assert answer.error is None, answer.error
+            assert answer.ids == self._expected[index]
+            assert answer.finish_reason == "length"
+            assert answer.usage["completion_tokens"] == len(answer.ids)
+            self.answers.append(answer)
+
+    async def goes_on(self, num_tokens: int = 3) -> None:
+        """Wait until every stream has brought some more tokens."""
+        before = [(id(answer), len(answer.ids)) for answer in self._open]
+
+        def has_moved(index: int) -> bool:
+            answer, (old, num_ids) = self._open[index], before[index]
+            return id(answer) != old or len(answer.ids) >= num_ids + num_tokens
+
+        def all_have_moved() -> bool:
+            for worker in self._workers:
+                if worker.done():
+                    worker.result()
+            return all(has_moved(index) for index in range(len(self._open)))
+
+        await self._session.until(all_have_moved, f"{num_tokens} more tokens on every stream")
 
 
 async def _ignore(_error: Exception) -> None:
