@@ -1,14 +1,11 @@
 """Decode speed of the torch model beside `transformers` generate: same weights, dtype and threads, in one run.
 
-    python -m loadtest.decode_bench --model DIR [--dtype bfloat16] [--threads 1] [--json]
-
 Both decode greedily after the same random prompts. They take turns, and the best round of each counts: what else runs
-on the machine only adds time. Without --model, random weights of SmolLM2-135M's shape are used.
+on the machine only adds time. Where the model is not there, random weights of SmolLM2-135M's shape are used.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -24,11 +21,24 @@ from engine.backends.torch.sampler import sample
 from engine.backends.torch.stage_model import SequenceSlice, SoloGroup, StageBatch, StageModel
 from engine.backends.torch.weights import Checkpoint, WeightStore
 from engine.protocol import SamplingParams
+from loadtest.report import Check, Report, Table
 from planner.protocol import EMBEDDING_LAYER
 
 DEFAULT_MODEL: Final = Path("~/.cache/spotserve/models/SmolLM2-135M-Instruct")
+RATIO_TARGET: Final = 1.3
 BLOCK_TOKENS: Final = 16
 CPU: Final = torch.device("cpu")
+
+
+class DecodeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    model: str | None = None
+    """A Hugging Face directory; None: the default model."""
+    dtype: str = "bfloat16"
+    num_threads: int = 1
+    streams: list[int] = [1, 8]
+    num_prompt_tokens: int = 32
+    num_tokens: int = 64
+    num_rounds: int = 3
 
 
 class Comparison(msgspec.Struct):
@@ -104,27 +114,27 @@ def load_reference(directory: Path, dtype: torch.dtype) -> Callable[[list[list[i
     return generate
 
 
-def compare(args: argparse.Namespace, directory: Path) -> list[Comparison]:
+def compare(options: DecodeOptions, directory: Path) -> list[Comparison]:
     """Run both in turns at every number of streams."""
-    dtype: torch.dtype = getattr(torch, args.dtype)
-    decoder = Decoder(directory, dtype, args.prompt_tokens + args.new_tokens)
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    decoder = Decoder(directory, dtype, options.num_prompt_tokens + options.num_tokens)
     vocab_size = Checkpoint(directory).config.vocab_size
     runs = {"spotserve": decoder.generate, "transformers": load_reference(directory, dtype)}
     generator = torch.Generator().manual_seed(0)
     comparisons = []
-    for streams in args.streams:
-        shape = (streams, args.prompt_tokens)
+    for streams in options.streams:
+        shape = (streams, options.num_prompt_tokens)
         prompts: list[list[int]] = torch.randint(0, vocab_size, shape, generator=generator).tolist()
         best_s = dict.fromkeys(runs, float("inf"))
         tokens: dict[str, list[list[int]]] = {}
-        for number in range(args.rounds):
+        for number in range(options.num_rounds):
             for name, generate in runs.items():
                 start_s = time.perf_counter()
-                tokens[name] = generate(prompts, args.new_tokens)
+                tokens[name] = generate(prompts, options.num_tokens)
                 elapsed_s = time.perf_counter() - start_s
                 best_s[name] = min(best_s[name], elapsed_s)
                 print(f"{streams} streams, round {number + 1}: {name} {elapsed_s:.2f} s", file=sys.stderr)
-        rates = {name: streams * args.new_tokens / seconds for name, seconds in best_s.items()}
+        rates = {name: streams * options.num_tokens / seconds for name, seconds in best_s.items()}
         comparisons.append(
             Comparison(
                 streams=streams,
@@ -155,37 +165,42 @@ def save_random_model(directory: Path) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(directory)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help=f"Hugging Face directory (default: {DEFAULT_MODEL}, else random)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def run(options: DecodeOptions) -> Report:
+    """Compare on this machine; torch keeps the number of threads afterwards."""
+    torch.set_num_threads(options.num_threads)
     with tempfile.TemporaryDirectory() as scratch:
-        directory = (args.model or DEFAULT_MODEL).expanduser()
-        if args.model is None and not directory.exists():
+        directory = Path(options.model).expanduser() if options.model else DEFAULT_MODEL.expanduser()
+        if options.model is None and not directory.exists():
             directory = Path(scratch)
             save_random_model(directory)
-        comparisons = compare(args, directory)
-    if args.json:
-        report = {"dtype": args.dtype, "threads": args.threads, "comparisons": comparisons}
-        print(msgspec.json.encode(report).decode())
-        return
-    print(f"{args.dtype}, {args.threads} thread(s), {args.prompt_tokens} + {args.new_tokens} tokens")
-    for c in comparisons:
-        print(
-            f"{c.streams:3d} streams: {c.spotserve_tokens_per_s:7.1f} tokens/s,"
-            f" transformers generate {c.transformers_tokens_per_s:7.1f}, ratio {c.ratio:.2f},"
-            f" {'equal' if c.equal_tokens else 'different'} tokens"
+        comparisons = compare(options, directory)
+    checks = [
+        Check(
+            name=f"decode of {c.streams} stream(s) beside `generate`",
+            value=c.ratio,
+            unit="times",
+            target=RATIO_TARGET,
+            higher_is_better=True,
         )
+        for c in comparisons
+    ]
+    figures = {"options": options, "comparisons": comparisons}
+    return Report(name="decode", tables=[_table(options, comparisons)], checks=checks, figures=figures)
 
 
-if __name__ == "__main__":
-    main()
+def _table(options: DecodeOptions, comparisons: list[Comparison]) -> Table:
+    rows = [
+        [
+            str(c.streams),
+            f"{c.spotserve_tokens_per_s:.1f}",
+            f"{c.transformers_tokens_per_s:.1f}",
+            f"{c.ratio:.2f}",
+            "equal" if c.equal_tokens else "different",
+        ]
+        for c in comparisons
+    ]
+    title = (
+        f"decode: tokens/s, {options.dtype}, {options.num_threads} thread(s), "
+        f"{options.num_prompt_tokens} + {options.num_tokens} tokens, best of {options.num_rounds}"
+    )
+    return Table(title, ["streams", "spotserve", "transformers", "ratio", "tokens"], rows)
