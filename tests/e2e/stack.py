@@ -126,7 +126,7 @@ class Stack:
 
 def _is_alive(pid: int) -> bool:
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
@@ -206,7 +206,8 @@ class Session:
         reply = await self.client.request(supervisor_subject(self._slug), msgspec.msgpack.encode(command), timeout=15)
         answer: CommandReply = msgspec.msgpack.decode(reply.data, type=CommandReply)
         assert answer.ok, answer.message
-        return str(answer.message)
+        message: str = answer.message
+        return message
 
     async def preempt(self, instance: str, notice_s: float) -> None:
         await self._command(PreemptCommand(instance=instance, notice_s=notice_s))
@@ -217,7 +218,7 @@ class Session:
     async def add(self) -> str:
         before = {i.id for i in (await self.status()).instances}
         message = await self._command(AddCommand())
-        named = [word for word in re.findall(r"\bi\d+\b", message) if word not in before]
+        named: list[str] = [word for word in re.findall(r"\bi\d+\b", message) if word not in before]
         assert named, f"no new instance in {message!r}"
         return named[0]
 
@@ -237,6 +238,9 @@ class Session:
         """Exactly so many instances are there, all ready."""
         states = [i.state for i in (await self.status()).instances if i.state is not InstanceState.LOST]
         return states == [InstanceState.READY] * num_instances
+
+    async def num_alive(self) -> int:
+        return sum(i.state is not InstanceState.LOST for i in (await self.status()).instances)
 
     async def until_gone(self, instance: str) -> None:
         """Wait until the instance is lost and every pipeline of the plan serves without it."""
