@@ -100,14 +100,17 @@ class Agent:
                 "-m",
                 "engine",
                 stdin=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
                 env={**os.environ, RANK_VARIABLE: str(index)},
             )
             self._processes[index] = process
+            assert process.stderr is not None
+            last_words = await _forward(process.stderr)
             code = await process.wait()
             logger.error("rank=%s event=exited code=%d", rank, code)
-            await self._report_crash(rank, code)
+            await self._report_crash(rank, code, last_words)
 
-    async def _report_crash(self, rank: str, code: int) -> None:
+    async def _report_crash(self, rank: str, code: int, last_words: str) -> None:
         report = self._reports.pop(rank, None)
         self._changed.set()
         if report is not None and report.inventory.pipeline is not None:
@@ -126,7 +129,7 @@ class Agent:
             self._crashes_s.popleft()
         if report is None or len(self._crashes_s) > _MAX_CRASHES:
             # It never came up, or does not stay up: the instance is of no use.
-            raise RanksKeepCrashing(f"rank {rank} ended with {code}; see the messages above")
+            raise RanksKeepCrashing(f"rank {rank} ended with {code}: {last_words or 'it said nothing'}")
 
     async def _stop_ranks(self) -> None:
         running = [p for p in self._processes.values() if p.returncode is None]
@@ -170,3 +173,13 @@ class Agent:
             profile=next((report.profile for report in reports if report.profile), None),
             epoch=max(report.epoch for report in reports),
         )
+
+
+async def _forward(lines: asyncio.StreamReader) -> str:
+    """Pass a rank's messages on to our own standard error; returns its last words, without the program's name."""
+    last = ""
+    while line := await lines.readline():
+        sys.stderr.buffer.write(line)
+        sys.stderr.flush()
+        last = line.decode(errors="replace").strip() or last
+    return last.removeprefix("engine: ")
