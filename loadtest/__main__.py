@@ -87,7 +87,7 @@ def decode(
 def pause(
     events: Annotated[int, typer.Option(help="Preemptions, and as many kills.", min=1)] = 6,
     notice: Annotated[float, typer.Option(help="Seconds from a notice to the end.", min=0)] = 5.0,
-    stages: Annotated[int | None, typer.Option(help="One pipeline of so many stages.", min=1, max=3)] = None,
+    stages: Annotated[int, typer.Option(help="1: three pipelines of one stage. 3: one pipeline of three.")] = 1,
     streams: Annotated[int, typer.Option(help="Streams that run all the time.", min=1)] = 6,
     prompt_tokens: Annotated[int, typer.Option(help="Length of each prompt.", min=1)] = 64,
     tokens: Annotated[int, typer.Option(help="Tokens of each stream; then it begins again.", min=1)] = 256,
@@ -96,6 +96,8 @@ def pause(
     json_file: JsonOption = None,
 ) -> None:
     """How long streams pause when an instance is preempted or killed, and where the time goes."""
+    if stages not in (1, STAGES):
+        raise typer.BadParameter(f"{stages} is not 1 or {STAGES}", param_hint="--stages")
     options = PauseOptions(
         up_options=_up_options(model, dtype),
         num_stages=stages,

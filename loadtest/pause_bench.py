@@ -52,8 +52,8 @@ PARTS: Final = tuple(field.name for field in msgspec.structs.fields(Parts))
 class PauseOptions(msgspec.Struct, frozen=True, kw_only=True):
     up_options: list[str] = []
     """For `spotserve up`."""
-    num_stages: int | None = None
-    """One pipeline of so many stages; None: the planner's choice."""
+    num_stages: int = 1
+    """Of each pipeline; a divisor of NUM_INSTANCES, so that all are used."""
     num_events: int = 6
     """Of each kind."""
     notice_s: float = 5.0
@@ -232,11 +232,12 @@ async def _measure(stack: LocalStack, options: PauseOptions) -> tuple[PauseFigur
 
 def run(options: PauseOptions) -> Report:
     """Start a stack, disturb it, stop it."""
-    shape = ["--pipelines", "1", "--stages", str(options.num_stages), "--tensor", "1"] if options.num_stages else []
+    num_pipelines, num_stages = NUM_INSTANCES // options.num_stages, options.num_stages
+    shape = ["--pipelines", str(num_pipelines), "--stages", str(num_stages), "--tensor", "1"]
     _say(f"starting {NUM_INSTANCES} instances")
     with LocalStack(["--instances", str(NUM_INSTANCES), *shape, *options.up_options]) as stack:
         figures, failure = asyncio.run(_measure(stack, options))
-    name = f"pause, one pipeline of {options.num_stages} stages" if options.num_stages else "pause"
+    name = f"pause, {num_pipelines} pipeline(s) of {num_stages} stage(s)"
     return Report(name=name, tables=_tables(name, figures), checks=_checks(figures), figures=figures, failure=failure)
 
 
