@@ -169,6 +169,16 @@ async def test_an_aborted_pipeline_tells_every_rank(make_backend: MakeBackend) -
         await until(lambda: has_finished(again, "r0"))
 
 
+async def test_too_few_blocks_evict_and_give_the_same_tokens(make_backend: MakeBackend) -> None:
+    expected = await undisturbed(make_backend)
+    async with Fleet(make_backend) as fleet:
+        # Each sequence fits alone (at most 84 tokens, 6 blocks), but not all of them together.
+        await fleet.serve("p1", ONE, num_kv_blocks=8)
+        assert await run_all(fleet, "p1") == expected
+        leader = fleet.leaders["p1"]
+        await until(lambda: leader.snapshot().free_kv_blocks == leader.snapshot().total_kv_blocks)
+
+
 async def test_cancel_ends_a_request_and_frees_its_blocks(make_backend: MakeBackend) -> None:
     async with Fleet(make_backend) as fleet:
         recorder = await fleet.serve("p1", TWO)

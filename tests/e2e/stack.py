@@ -26,7 +26,7 @@ from nats.aio.client import Client
 from deploy.protocol import AddCommand, CommandReply, KillCommand, PreemptCommand, supervisor_subject
 from deploy.state import Running, StateDir
 from engine.protocol import EngineSubjects, PipelineState, ResumeStats, TokenFrame
-from planner.protocol import InstanceState, Message, Plan, PlannerSubjects, RankProgress, Status, StatusRequest
+from planner.protocol import InstanceState, Message, Phase, Plan, PlannerSubjects, RankProgress, Status, StatusRequest
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 40.0
@@ -169,8 +169,8 @@ class Session:
         self.client = Client()
         self.http = httpx.AsyncClient(base_url=stack.base_url, timeout=REQUEST_TIMEOUT_S)
         self.states: dict[str, PipelineState] = {}
-        self.progress: list[RankProgress] = []
         self.plans: list[Plan] = []
+        self.started: list[RankProgress] = []
         self.resumes: list[ResumeStats] = []
 
     async def __aenter__(self) -> Session:
@@ -179,7 +179,7 @@ class Session:
         )
         planner = PlannerSubjects(self._slug)
         await self._watch(EngineSubjects(self._slug).all_states, PipelineState, self._keep_state)
-        await self._watch(planner.all_progress, RankProgress, self.progress.append)
+        await self._watch(planner.all_progress, RankProgress, self._keep_started)
         await self._watch(planner.plan, Plan, self.plans.append)
         await self._watch(EngineSubjects(self._slug).all_tokens, TokenFrame, self._keep_resumes)
         return self
@@ -190,6 +190,10 @@ class Session:
 
     def _keep_state(self, state: PipelineState) -> None:
         self.states[state.pipeline] = state
+
+    def _keep_started(self, progress: RankProgress) -> None:
+        if progress.phase is Phase.STARTED:
+            self.started.append(progress)
 
     def _keep_resumes(self, frame: TokenFrame) -> None:
         self.resumes += [entry.resume for entry in frame.entries if entry.resume is not None]

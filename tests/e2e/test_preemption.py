@@ -10,6 +10,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,37 @@ async def test_a_preemption_with_notice_moves_the_kv(each_shape: tuple[Shared, S
         await session.until_gone(victim)
     assert session.resumes, "nothing was interrupted"
     assert all(resume.pulled_tokens > 0 and resume.recomputed_tokens == 0 for resume in session.resumes)
+
+
+async def test_untouched_pipelines_never_stop(on_replicas: tuple[Shared, Session]) -> None:
+    shared, session = on_replicas
+    async with await shared.traffic(session):
+        plan = (await session.status()).plan
+        assert plan is not None
+        first, *others = plan.pipelines
+        session.started.clear()
+        await session.preempt(first.stages[0].shards[0].instance, 3.0)
+        await session.until_gone(first.stages[0].shards[0].instance)
+        after = (await session.status()).plan
+        assert after is not None
+        assert after.pipelines == others
+    assert not session.started, "nothing was rebuilt"
+
+
+async def test_one_two_three_stages_and_back(on_stages: tuple[Shared, Session]) -> None:
+    shared, session = on_stages
+    async with await shared.traffic(session):
+        shapes = [await session.shape()]
+        for _ in range(2):
+            victim = (await session.ready_instances())[-1]
+            await session.preempt(victim, 3.0)
+            await session.until_gone(victim)
+            shapes.append(await session.shape())
+        for _ in range(2):
+            added = await session.add()
+            await session.until(partial(session.is_used, added), f"{added} serves")
+            shapes.append(await session.shape())
+    assert shapes == [((3, 1),), ((2, 1),), ((1, 1),), ((2, 1),), ((3, 1),)]
 
 
 async def test_a_kill_without_notice_recomputes(each_shape: tuple[Shared, Session]) -> None:
