@@ -136,7 +136,7 @@ def _decode(model: str | None, dtype: str, threads: int, streams: list[int], rou
     from loadtest import decode_bench  # torch: the other benchmarks do without it
 
     options = decode_bench.DecodeOptions(
-        model=model, dtype=dtype, num_threads=threads, streams=streams, num_rounds=rounds
+        model=model, dtype=dtype, num_threads=threads, streams=tuple(streams), num_rounds=rounds
     )
     return decode_bench.run(options)
 

@@ -35,7 +35,7 @@ class DecodeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """A Hugging Face directory; None: the default model."""
     dtype: str = "bfloat16"
     num_threads: int = 1
-    streams: list[int] = [1, 8]
+    streams: tuple[int, ...] = (1, 8)
     num_prompt_tokens: int = 32
     num_tokens: int = 64
     num_rounds: int = 3

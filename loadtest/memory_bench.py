@@ -111,26 +111,37 @@ async def _measure(stack: LocalStack, num_instances: int) -> list[RankMemory]:
         num_prompt_tokens=NUM_PROMPT_TOKENS,
         num_tokens=NUM_TOKENS,
     )
-    async with Recorder(running.nats_url, running.model) as recorder, traffic:
+    async with Recorder(running.nats_url, running.model) as recorder:
+
+        async def is_settled() -> bool:
+            status = await recorder.status()
+            return status is not None and recorder.is_settled(status, num_instances)
 
         async def is_warm() -> bool:
-            status = await recorder.status()
-            is_settled = status is not None and recorder.is_settled(status, num_instances)
-            return is_settled and min(traffic.progress()) >= CHUNKS_BEFORE
+            return min(traffic.progress()) >= CHUNKS_BEFORE
 
-        if not await until(is_warm, TIMEOUT_S):
-            raise StackError(f"the streams did not get going in {TIMEOUT_S:g} s", stack.directory)
-        status = await recorder.status()
-        if status is None or status.plan is None:
-            raise StackError("the planner does not answer", stack.directory)
-        agents = {i.id: running.pids[i.id] for i in status.instances if i.id in running.pids}
-        return measure_ranks(status.plan, recorder.states, rank_pids(agents, status.plan))
+        if not await until(is_settled, TIMEOUT_S):
+            raise StackError(f"{num_instances} instances did not all serve in {TIMEOUT_S:g} s", stack.directory)
+        async with traffic:
+            if not await until(is_warm, TIMEOUT_S):
+                raise StackError(f"the streams did not get going in {TIMEOUT_S:g} s", stack.directory)
+            return await _measure_all(stack, recorder)
+
+
+async def _measure_all(stack: LocalStack, recorder: Recorder) -> list[RankMemory]:
+    status = await recorder.status()
+    if status is None or status.plan is None:
+        raise StackError("the planner does not answer", stack.directory)
+    pids = stack.running.pids
+    agents = {i.id: pids[i.id] for i in status.instances if i.id in pids}
+    return measure_ranks(status.plan, recorder.states, rank_pids(agents, status.plan))
 
 
 def run(up_options: list[str], num_instances: int) -> Report:
     """Start a stack, let it serve, look at its ranks, stop it."""
     print(f"memory: starting {num_instances} instances", file=sys.stderr, flush=True)
-    with LocalStack(["--instances", str(num_instances), *up_options]) as stack:
+    shape = ["--instances", str(num_instances), "--pipelines", str(num_instances), "--stages", "1", "--tensor", "1"]
+    with LocalStack([*shape, *up_options]) as stack:
         ranks = asyncio.run(_measure(stack, num_instances))
     worst = max((rank.beside_bytes for rank in ranks), default=None)
     value_mb = worst / MB if worst is not None else None

@@ -80,7 +80,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     publish_s: float | None = None
     """Decision -> the plan is heard."""
     arrange_s: float | None = None
-    """Last chunk -> the interruption is heard: the last step, and the stop of every stage."""
+    """Last chunk -> the interruption is heard: the stop of every stage. 0 where it comes with the last token."""
     hand_over_s: float | None = None
     """The pipeline has stopped (killed: the plan is out) -> the sequence is submitted to another."""
     weights_s: float | None = None
@@ -182,7 +182,7 @@ def parts_of(event: Event, gap: Gap, resumed_at_s: float, stats: ResumeStats, re
         detect_s=plan.explanation.cause_at_s - event.at_s if plan else None,
         plan_s=plan.explanation.decided_at_s - plan.explanation.cause_at_s if plan else None,
         publish_s=plan_at_s - plan.explanation.decided_at_s if plan and plan_at_s is not None else None,
-        arrange_s=stopped_at_s - gap.from_s if stopped_at_s is not None else None,
+        arrange_s=max(0.0, stopped_at_s - gap.from_s) if stopped_at_s is not None else None,
         hand_over_s=submitted_at_s - free_at_s if free_at_s is not None else None,
         weights_s=max((progress.pull_s for progress in prepared), default=None),
         regroup_s=max((progress.regroup_s for progress in prepared), default=None),
