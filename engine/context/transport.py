@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import struct
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -103,7 +103,11 @@ class ContextServer:
                 writer.write(_ITEM.pack(0, len(data), xxhash.xxh3_64_intdigest(data)))
                 writer.write(data)
                 await writer.drain()
-        except (EngineError, msgspec.MsgspecError, KeyError, IndexError, ValueError) as error:
+        except OSError:
+            raise  # The connection, not the context.
+        except Exception as error:
+            if not isinstance(error, EngineError):
+                logger.exception("event=context_request_failed")
             text = f"{type(error).__name__}: {error}".encode()
             writer.write(_ITEM.pack(1, len(text), xxhash.xxh3_64_intdigest(text)) + text)
             await writer.drain()
@@ -116,8 +120,8 @@ class ContextServer:
                 yield self._source.export_kv(request.pipeline, layer, group, request.blocks, request.num_tokens)
 
 
-async def fetch(holder: str, address: str, request: FetchUnits | FetchKv) -> AsyncIterator[tuple[Unit, bytes]]:
-    """Pull `request.units` from `address` (`host:port`), in order.
+async def fetch(holder: str, address: str, request: FetchUnits | FetchKv) -> AsyncGenerator[tuple[Unit, bytes]]:
+    """Pull `request.units` from `address` (`host:port`), in order. Close it (`aclosing`) if it is left early.
 
     Raises:
         TransferError: the holder cannot be reached, has not got the unit, or stalls.
