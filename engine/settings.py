@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
@@ -17,6 +19,9 @@ Reduction = Literal["fast", "fixed"]
 KvTransfer = Literal["auto", "always", "never"]
 
 PREFIX = "SPOTSERVE_ENGINE_"
+_TOKEN = re.compile(r"[A-Za-z0-9_-]+")
+"""What can stand between the dots of a NATS subject, and in the name of a KV bucket."""
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +55,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     parked_kv_s: float = 60.0
     """How long the KV of interrupted sequences is kept for others to pull."""
     kv_transfer: KvTransfer = "auto"
-    """Whether an interrupted sequence's KV is pulled: auto takes what the cost model says is sooner, a sequence at a time."""
+    """Whether an interrupted sequence's KV is pulled. auto: if the cost model says that is sooner than recompute."""
     log_level: str = "INFO"
 
     @classmethod
@@ -83,12 +88,18 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("num_ranks", "kv_block_tokens", "max_step_tokens", "num_threads"):
             if getattr(self, name) < 1:
                 raise SettingError(PREFIX + name.upper(), "must be at least 1")
+        for name in ("arrange_margin_s", "parked_kv_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingError(PREFIX + name.upper(), "must be at least 0, and finite")
         for name in ("max_model_len", "rank_memory_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(PREFIX + name.upper(), "must be at least 1")
-        if "." in self.instance or " " in self.instance:
-            raise SettingError(PREFIX + "INSTANCE", "must be free of dots and spaces")
+        for name in ("model", "instance"):
+            if not _TOKEN.fullmatch(getattr(self, name)):
+                raise SettingError(PREFIX + name.upper(), "must consist of letters, digits, - and _")
+        if self.log_level.upper() not in _LOG_LEVELS:
+            raise SettingError(PREFIX + "LOG_LEVEL", f"must be one of {', '.join(_LOG_LEVELS)}")
 
     def rank_id(self, index: int) -> str:
         return f"{self.instance}-{index}"
