@@ -70,10 +70,23 @@ class RequestSpans:
         self._open: dict[SequenceKey, _Times] = {}
 
     def submitted(self, request: GenerateRequest, traceparent: str | None, now_s: float) -> None:
-        """A request with trace context was accepted."""
+        """A request came; it is followed if it brings trace context. Its entries may come before its reply."""
         if traceparent is not None:
             key = SequenceKey(request.request_id, request.choice)
             self._open[key] = _Times(traceparent, request.attempt, now_s)
+
+    def refused(self, request: GenerateRequest) -> None:
+        """It was not accepted after all; an older attempt, if there is one, goes on."""
+        key = SequenceKey(request.request_id, request.choice)
+        times = self._open.get(key)
+        if times is not None and times.attempt == request.attempt:
+            del self._open[key]
+
+    def ended(self, now_s: float) -> None:
+        """The pipeline is over; what has not ended by an entry was broken off."""
+        for times in self._open.values():
+            self._write(times, "broken", now_s)
+        self._open.clear()
 
     def entry(self, entry: TokenEntry, now_s: float) -> None:
         """Tokens were committed; writes the spans when the sequence ends here."""
@@ -87,7 +100,7 @@ class RequestSpans:
                 self._write_resume(times, entry, now_s)
         if entry.finish is not None or entry.interruption is not None:
             del self._open[SequenceKey(entry.request_id, entry.choice)]
-            self._write(times, entry, now_s)
+            self._write(times, str(entry.finish or "interrupted"), now_s)
 
     def _write_resume(self, times: _Times, entry: TokenEntry, now_s: float) -> None:
         assert entry.resume is not None
@@ -105,7 +118,7 @@ class RequestSpans:
         )
         span.end(int(now_s * _NS_PER_S))
 
-    def _write(self, times: _Times, entry: TokenEntry, now_s: float) -> None:
+    def _write(self, times: _Times, outcome: str, now_s: float) -> None:
         span = self._tracer.start_span(
             "engine.generate",
             _propagator.extract({TRACEPARENT: times.traceparent}),
@@ -115,7 +128,7 @@ class RequestSpans:
                 "spotserve.rank": self._rank,
                 "spotserve.attempt": times.attempt,
                 "spotserve.num_tokens": times.num_tokens,
-                "spotserve.outcome": str(entry.finish or "interrupted"),
+                "spotserve.outcome": outcome,
             },
         )
         context = trace.set_span_in_context(span)
