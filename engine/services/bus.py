@@ -32,13 +32,16 @@ _AWAY: Final = (nats.errors.Error, OSError, asyncio.TimeoutError)
 
 
 class Bus:
-    """Messages that cannot be sent while NATS is away are lost: whoever needs them asks again."""
+    """While NATS is away messages are kept, up to a limit, and sent late; beyond it, and in a breaking connection, they
+    are lost. So whoever needs an answer asks again, and whoever tells a state tells it again.
+    """
 
     def __init__(self, model: str) -> None:
         self.planner = PlannerSubjects(model)
         self.engine = EngineSubjects(model)
         self._client = Client()
         self._on_reconnect: list[Callable[[], Awaitable[None]]] = []
+        self._handling: set[asyncio.Task[None]] = set()
 
     async def connect(self, url: str, name: str) -> None:
         """Connect, waiting for the server for as long as it takes."""
@@ -103,9 +106,12 @@ class Bus:
         subject: str,
         message_type: type[M],
         handle: Callable[[M, dict[str, str]], Awaitable[Message | None]],
+        *,
+        concurrently: bool = False,
     ) -> Subscription:
         """Call `handle` with each message and its headers, in order; what it returns is the reply.
 
+        `concurrently`: begin with the next message, still in order, before this one's reply is there.
         A message that cannot be decoded is logged with its subject and dropped.
         """
         decoder = msgspec.msgpack.Decoder(message_type)
@@ -116,6 +122,14 @@ class Bus:
             except msgspec.MsgspecError as error:
                 logger.warning("event=malformed_message subject=%s cause=%s", msg.subject, error)
                 return
+            if not concurrently:
+                await answer(msg, message)
+                return
+            task = asyncio.create_task(answer(msg, message))
+            self._handling.add(task)
+            task.add_done_callback(self._handling.discard)
+
+        async def answer(msg: Msg, message: M) -> None:
             try:
                 reply = await handle(message, msg.headers or {})
             except Exception:
