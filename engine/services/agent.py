@@ -15,7 +15,7 @@ import time
 from collections import deque
 from typing import Final
 
-from engine.errors import EngineError
+from engine.errors import EngineError, SettingError
 from engine.protocol import RankReport
 from engine.services.bus import Bus
 from engine.settings import PREFIX, EngineSettings
@@ -42,6 +42,7 @@ class Agent:
         self._settings = settings
         self._bus = bus
         self._reports: dict[str, RankReport] = {}
+        self._last_report: RankReport | None = None
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._crashes_s: deque[float] = deque()
         self._changed = asyncio.Event()
@@ -53,10 +54,14 @@ class Agent:
 
         Raises:
             RanksKeepCrashing: a rank cannot be kept alive.
+            SettingError: `host` is not an address of this machine.
 
         """
         settings = self._settings
-        server = await asyncio.start_server(self._show_life, settings.host, 0)
+        try:
+            server = await asyncio.start_server(self._show_life, settings.host, 0)
+        except OSError as error:
+            raise SettingError(PREFIX + "HOST", f"cannot listen on {settings.host!r}: {error.strerror}") from error
         self._liveness_address = f"{settings.host}:{server.sockets[0].getsockname()[1]}"
         for index in range(settings.num_ranks):
             rank = settings.rank_id(index)
@@ -135,43 +140,47 @@ class Agent:
         running = [p for p in self._processes.values() if p.returncode is None]
         for process in running:
             process.send_signal(signal.SIGTERM)
+        if not running:
+            return
+        ends = [asyncio.create_task(process.wait()) for process in running]
+        await asyncio.wait(ends, timeout=_STOP_TIMEOUT_S)
         for process in running:
-            try:
-                async with asyncio.timeout(_STOP_TIMEOUT_S):
-                    await process.wait()
-            except TimeoutError:
+            if process.returncode is None:
+                logger.warning("pid=%d event=rank_does_not_stop", process.pid)
                 process.kill()
-                await process.wait()
+        await asyncio.gather(*ends)
 
     # --- inventory --------------------------------------------------------------------------------------------
 
     async def _on_report(self, report: RankReport, _headers: dict[str, str]) -> None:
         before = self._reports.get(report.inventory.rank)
-        self._reports[report.inventory.rank] = report
+        self._reports[report.inventory.rank] = self._last_report = report
         if before != report:
             self._changed.set()
 
     async def _publish_inventory(self) -> None:
         while True:
             self._changed.clear()
-            if self._reports:
-                inventory = self._inventory()
+            if self._last_report is not None:
+                inventory = self._inventory(self._last_report)
                 await self._bus.publish(self._bus.planner.inventory(self._settings.instance), inventory)
                 await self._bus.put_inventory(self._settings.instance, inventory)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_INVENTORY_PERIOD_S):
                     await self._changed.wait()
 
-    def _inventory(self) -> InstanceInventory:
+    def _inventory(self, last: RankReport) -> InstanceInventory:
+        """What the ranks hold that are there; a rank that has died is not named, also if it was the only one."""
         reports = [self._reports[rank] for rank in sorted(self._reports)]
         return InstanceInventory(
             instance=self._settings.instance,
             market=self._settings.market,
             liveness_address=self._liveness_address,
-            model=reports[0].model,
+            model=last.model,
             ranks=[report.inventory for report in reports],
-            profile=next((report.profile for report in reports if report.profile), None),
-            epoch=max(report.epoch for report in reports),
+            profile=last.profile,
+            # What holds of every rank: the planner concludes from it which pipelines have stopped.
+            epoch=min((report.epoch for report in reports), default=0),
         )
 
 
