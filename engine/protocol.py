@@ -189,6 +189,8 @@ class PullRequest(Message, frozen=True, kw_only=True):
     choice: int
     source: KvSource
     blocks: list[int]
+    deadline_s: float | None = None
+    """Nothing may be written after it: the leader gives the pull up then, and the blocks to others."""
 
 
 class PullReply(Message, frozen=True, kw_only=True):

@@ -112,25 +112,30 @@ class Backend(Protocol):
     async def prepare(self, position: Position, transfers: list[Transfer]) -> PrepareReport:
         """Get the units that the position lacks (holders, else disk) and form its process groups.
 
+        Cancel it to give it up: then nothing of it stays but the units that it has got so far.
+
         Raises:
             EngineError: it cannot be prepared; says why.
 
         """
 
     def discard(self, pipeline: str) -> None:
-        """Forget a prepared (or preparing) pipeline."""
+        """Forget a prepared pipeline; its other members hear of it."""
 
     def start(self, pipeline: str, events: PipelineEvents) -> RunningPipeline:
         """Run a prepared position; the result is a `LedPipeline` where the position leads."""
 
-    def free_unneeded(self, pipeline: str) -> None:
-        """Free the weights that neither `pipeline`, which runs, nor a prepared pipeline needs."""
+    async def free_unneeded(self, pipeline: str) -> None:
+        """If `pipeline` still runs, free the weights that neither it nor one that is being prepared needs."""
 
     def ended(self, pipeline: str, num_parked: int) -> None:
         """A pipeline has stopped or broken; the KV of `num_parked` interrupted sequences is kept."""
 
     async def pull_kv(self, request: PullRequest) -> PullReply:
-        """Pull the KV of one sequence, as far as this rank's position needs it."""
+        """Pull the KV of one sequence, as far as this rank's position needs it.
+
+        Once it has returned, or was cancelled, nothing is written into the blocks any more.
+        """
 
     def release_kv(self, pipeline: str, request_id: str, choice: int) -> None:
         """The KV of an interrupted sequence is not wanted any more."""

@@ -75,8 +75,17 @@ class RoleChange:
     prepare: Position | None = None
 
 
-def change_role(plan: Plan, rank: str, running: str | None, prepared: frozenset[str]) -> RoleChange:
-    """Compare `plan` with what the rank runs and has prepared (or is preparing)."""
+def change_role(
+    plan: Plan,
+    rank: str,
+    running: str | None,
+    prepared: frozenset[str],
+    ended: frozenset[str] = frozenset(),
+) -> RoleChange:
+    """Compare `plan` with what the rank runs and has prepared (or is preparing).
+
+    Pipelines that have `ended` here, or could not be prepared, are not tried again: the next plan has another id.
+    """
     position = position_of(plan, rank)
     wanted = position.pipeline.id if position else None
     retiring = {entry.pipeline.id: entry for entry in plan.retiring}
@@ -85,10 +94,11 @@ def change_role(plan: Plan, rank: str, running: str | None, prepared: frozenset[
         entry = retiring.get(running)
         if entry is None or entry.broken:
             abort = running
+    known = prepared | ended | {running}
     return RoleChange(
         abort=abort,
-        discard=tuple(sorted(prepared - {wanted})) if wanted else tuple(sorted(prepared)),
-        prepare=position if position and wanted not in prepared and wanted != running else None,
+        discard=tuple(sorted(prepared - {wanted})),
+        prepare=position if wanted not in known else None,
     )
 
 

@@ -43,6 +43,8 @@ _STATE_PERIOD_S: Final = 1.0
 _REPORT_PERIOD_S: Final = 1.0
 _PLAN_POLL_S: Final = 2.0
 _PULL_TIMEOUT_S: Final = 15.0
+_PULL_REPLY_S: Final = 2.0
+"""After a pull's deadline the leader waits so long for its reply, before it gives the blocks to others."""
 
 
 class _Led:
@@ -57,6 +59,8 @@ class _Led:
         self.published: PipelineState | None = None
         self.published_at_s = 0.0
         self.ended_at_s: float | None = None
+        self.was_retired_early = False
+        """It was told to stop before it was ready: it ends as broken, but nothing is wrong."""
 
     @property
     def is_over(self) -> bool:
@@ -76,37 +80,47 @@ class RankService:
         self._context_address = ""
         self._profile: StepProfile | None = None
         self._plan: Plan | None = None
-        self._plan_lock = asyncio.Lock()
         self._preparing: dict[str, asyncio.Task[None]] = {}
         self._prepared: dict[str, Position] = {}
         self._running: tuple[Position, RunningPipeline] | None = None
         self._led: dict[str, _Led] = {}
+        self._over: dict[str, RankProgress] = {}
+        """Pipelines of the plan that have ended here, or could not be prepared, and what was said of them."""
         self._outbox: asyncio.Queue[tuple[str, str, OutEntry]] = asyncio.Queue()
         self._report_due = asyncio.Event()
         self._stopping = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self) -> None:
-        """Serve until `stop`."""
+        """Serve until `stop`. Whatever ends it otherwise is raised: a rank must not live on while it keeps silent."""
         self._context_address = await self._server.start(self._settings.host)
         self._profile = await asyncio.to_thread(self._backend.profile)
         bus = self._bus
-        await bus.subscribe(bus.engine.pull(self._rank), PullRequest, self._on_pull_request)
+        await bus.subscribe(bus.engine.pull(self._rank), PullRequest, self._on_pull_request, concurrently=True)
         await bus.subscribe(bus.engine.release(self._rank), ReleaseKv, self._on_release)
         await bus.subscribe(bus.planner.plan, Plan, self._on_plan_message)
         await bus.subscribe(bus.planner.arrange, Arrange, self._on_arrange)
         bus.on_reconnect(self._fetch_plan)
-        self._spawn(self._publish_reports())
-        self._spawn(self._publish_tokens())
-        self._spawn(self._publish_states())
-        self._spawn(self._poll_plan())
+        work: list[Coroutine[Any, Any, object]] = [
+            self._publish_reports(),
+            self._publish_tokens(),
+            self._publish_states(),
+            self._poll_plan(),
+            self._stopping.wait(),
+        ]
+        tasks = [asyncio.create_task(part) for part in work]
         logger.info("rank ready rank=%s context=%s", self._rank, self._context_address)
-        await self._stopping.wait()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._server.close()
-        await asyncio.to_thread(self._backend.close)
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            unfinished = [*tasks, *self._tasks]
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
+            await self._server.close()
+            await asyncio.to_thread(self._backend.close)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -125,12 +139,12 @@ class RankService:
     # --- the plan ---------------------------------------------------------------------------------------------
 
     async def _on_plan_message(self, plan: Plan, _headers: dict[str, str]) -> None:
-        await self._follow(plan)
+        self._follow(plan)
 
     async def _fetch_plan(self) -> None:
         plan = await self._bus.current_plan()
         if plan is not None:
-            await self._follow(plan)
+            self._follow(plan)
 
     async def _poll_plan(self) -> None:
         """A safety net under the announcements, and how a new rank gets its first plan."""
@@ -138,33 +152,46 @@ class RankService:
             await self._fetch_plan()
             await asyncio.sleep(_PLAN_POLL_S)
 
-    async def _follow(self, plan: Plan) -> None:
-        async with self._plan_lock:
-            if self._plan is not None and plan.epoch <= self._plan.epoch:
-                if plan.epoch < self._plan.epoch:
-                    logger.warning("event=stale_plan epoch=%d current=%d", plan.epoch, self._plan.epoch)
-                return
-            self._plan = plan
-            running = self._running[0].pipeline.id if self._running else None
-            change = change_role(plan, self._rank, running, frozenset({*self._prepared, *self._preparing}))
-            logger.info(
-                "rank=%s epoch=%d runs=%s abort=%s discard=%s prepare=%s",
-                self._rank,
-                plan.epoch,
-                running,
-                change.abort,
-                ",".join(change.discard),
-                change.prepare.pipeline.id if change.prepare else None,
-            )
-            for pipeline in change.discard:
-                self._discard(pipeline)
-            if change.abort is not None and self._running is not None:
-                self._running[1].abort(f"not in plan {plan.epoch}")
-            if change.prepare is not None:
-                position = change.prepare
-                self._preparing[position.pipeline.id] = self._spawn(self._prepare(plan, position))
-            self._start_if_free()
-            self._report_due.set()
+    def _follow(self, plan: Plan) -> None:
+        if self._plan is not None and plan.epoch <= self._plan.epoch:
+            if plan.epoch < self._plan.epoch:
+                logger.warning("event=stale_plan epoch=%d current=%d", plan.epoch, self._plan.epoch)
+            return
+        self._plan = plan
+        self._report_due.set()
+        if self._is_for_predecessor(plan):
+            logger.info("rank=%s epoch=%d event=waits_for_next_plan", self._rank, plan.epoch)
+            return
+        named = {p.id for p in [*plan.pipelines, *(retiring.pipeline for retiring in plan.retiring)]}
+        self._over = {pipeline: message for pipeline, message in self._over.items() if pipeline in named}
+        running = self._running[0].pipeline.id if self._running else None
+        held = frozenset({*self._prepared, *self._preparing})
+        change = change_role(plan, self._rank, running, held, frozenset(self._over))
+        logger.info(
+            "rank=%s epoch=%d runs=%s abort=%s discard=%s prepare=%s",
+            self._rank,
+            plan.epoch,
+            running,
+            change.abort,
+            ",".join(change.discard),
+            change.prepare.pipeline.id if change.prepare else None,
+        )
+        for pipeline in change.discard:
+            self._discard(pipeline)
+        if change.abort is not None and self._running is not None:
+            self._running[1].abort(f"not in plan {plan.epoch}")
+        if change.prepare is not None:
+            position = change.prepare
+            self._preparing[position.pipeline.id] = self._spawn(self._prepare(plan, position))
+        self._start_if_free()
+
+    def _is_for_predecessor(self, plan: Plan) -> bool:
+        """The plan was made for the process that was this rank before; it runs nothing that this one could join."""
+        address = plan.addresses.get(self._rank)
+        return address is not None and (address.context_address, address.store_address) != (
+            self._context_address,
+            self._backend.store_address,
+        )
 
     def _discard(self, pipeline: str) -> None:
         task = self._preparing.pop(pipeline, None)
@@ -177,19 +204,25 @@ class RankService:
         pipeline = position.pipeline.id
         try:
             report = await self._backend.prepare(position, plan.transfers.get(self._rank, []))
-        except (EngineError, OSError, RuntimeError, MemoryError) as error:
-            self._preparing.pop(pipeline, None)
-            logger.warning("rank=%s pipeline=%s event=prepare_failed cause=%s", self._rank, pipeline, error)
-            await self._progress(pipeline, Phase.PREPARE_FAILED, detail=str(error))
+        except Exception as error:  # Whatever it is: the planner must hear of it.
+            del self._preparing[pipeline]
+            is_expected = isinstance(error, EngineError)
+            cause = str(error) if is_expected else f"{type(error).__name__}: {error}"
+            logger.warning(
+                "rank=%s pipeline=%s event=prepare_failed cause=%s",
+                self._rank,
+                pipeline,
+                cause,
+                exc_info=None if is_expected else error,
+            )
+            await self._give_up(pipeline, Phase.PREPARE_FAILED, cause)
             return
-        self._preparing.pop(pipeline, None)
-        if self._plan is None or position_of(self._plan, self._rank) is None:
-            self._backend.discard(pipeline)
-            return
+        # Were it not wanted any more, this task had been cancelled.
+        del self._preparing[pipeline]
         self._prepared[pipeline] = position
-        await self._progress(pipeline, Phase.PREPARED, report=report)
         self._report_due.set()
         self._start_if_free()
+        await self._tell(self._progress(pipeline, Phase.PREPARED, report=report))
 
     def _start_if_free(self) -> None:
         """Start what is prepared and still planned, once nothing runs here any more."""
@@ -214,15 +247,25 @@ class RankService:
                 if led is not None or pipeline in self._prepared:
                     # Stopped already, or never started: the planner did not hear it, or could not know.
                     self._discard(pipeline)
-                    await self._progress(pipeline, Phase.STOPPED)
+                    await self._tell(self._progress(pipeline, Phase.STOPPED))
             elif led.is_ready:
                 led.pipeline.arrange(arrange.deadline_s, arrange.migration_s)
             else:
+                led.was_retired_early = True
                 led.pipeline.abort("retired before it was ready")
 
-    async def _progress(
+    async def _tell(self, progress: RankProgress) -> None:
+        await self._bus.publish(self._bus.planner.progress(progress.epoch), progress)
+
+    def _give_up(self, pipeline: str, phase: Phase, detail: str) -> Coroutine[Any, Any, None]:
+        """It ends here, as a failure or not, and is not tried again; await the result to tell the planner."""
+        self._over[pipeline] = progress = self._progress(pipeline, phase, detail=detail)
+        self._report_due.set()
+        return self._tell(progress)
+
+    def _progress(
         self, pipeline: str, phase: Phase, *, detail: str = "", report: PrepareReport | None = None
-    ) -> None:
+    ) -> RankProgress:
         epoch = self._plan.epoch if self._plan else 0
         report = report or PrepareReport()
         message = RankProgress(
@@ -248,7 +291,7 @@ class RankService:
             report.regroup_s,
             detail,
         )
-        await self._bus.publish(self._bus.planner.progress(epoch), message)
+        return message
 
     # --- what a pipeline tells (from its thread) --------------------------------------------------------------
 
@@ -275,8 +318,8 @@ class RankService:
         if pipeline in self._led:
             self._led[pipeline].is_ready = True
         # Everybody has started, so nobody prepares from our weights for this pipeline any more.
-        self._backend.free_unneeded(pipeline)
-        self._spawn(self._progress(pipeline, Phase.STARTED))
+        self._spawn(self._backend.free_unneeded(pipeline))
+        self._spawn(self._tell(self._progress(pipeline, Phase.STARTED)))
         self._report_due.set()
 
     def _entries(self, pipeline: str, entries: list[OutEntry]) -> None:
@@ -291,22 +334,27 @@ class RankService:
         self._backend.ended(pipeline, num_parked)
         if self._running is not None and self._running[0].pipeline.id == pipeline:
             self._running = None
-        if pipeline in self._led:
-            self._led[pipeline].is_ready = False
-            self._led[pipeline].ended_at_s = time.time()
-        self._spawn(self._progress(pipeline, phase, detail=detail))
-        self._report_due.set()
+        led = self._led.get(pipeline)
+        if led is not None:
+            led.is_ready = False
+            led.ended_at_s = time.time()
+            led.spans.ended(led.ended_at_s)
+            if led.was_retired_early:
+                phase = Phase.STOPPED
+        self._spawn(self._give_up(pipeline, phase, detail))
         self._start_if_free()
 
     async def _pull(self, pipeline: str, order: PullOrder) -> None:
         """Have every rank of the pipeline pull its part of a sequence's KV."""
         led = self._led[pipeline]
+        now_s = time.time()
         request = PullRequest(
             pipeline=pipeline,
             request_id=order.key.request_id,
             choice=order.key.choice,
             source=order.source,
             blocks=order.blocks,
+            deadline_s=now_s + _PULL_TIMEOUT_S,
         )
         started_s = time.perf_counter()
         replies = await asyncio.gather(*(self._ask_to_pull(r, request) for r in led.position.pipeline.ranks()))
@@ -326,12 +374,28 @@ class RankService:
 
     async def _ask_to_pull(self, rank: str, request: PullRequest) -> PullReply:
         if rank == self._rank:
-            return await self._backend.pull_kv(request)
-        reply = await self._bus.request(self._bus.engine.pull(rank), request, PullReply, _PULL_TIMEOUT_S)
+            return await self._pull_own_part(request)
+        timeout_s = _PULL_TIMEOUT_S + _PULL_REPLY_S
+        reply = await self._bus.request(self._bus.engine.pull(rank), request, PullReply, timeout_s)
         return reply or PullReply(ok=False, detail=f"{rank} does not answer")
 
     async def _on_pull_request(self, request: PullRequest, _headers: dict[str, str]) -> PullReply:
-        return await self._backend.pull_kv(request)
+        return await self._pull_own_part(request)
+
+    async def _pull_own_part(self, request: PullRequest) -> PullReply:
+        """Never raises: each order needs its end, or the sequence waits for ever."""
+        left_s = _PULL_TIMEOUT_S if request.deadline_s is None else request.deadline_s - time.time()
+        late = PullReply(ok=False, detail=f"{self._rank} could not pull in time")
+        if left_s <= 0:
+            return late
+        try:
+            async with asyncio.timeout(left_s):
+                return await self._backend.pull_kv(request)
+        except TimeoutError:
+            return late
+        except Exception as error:
+            logger.exception("rank=%s pipeline=%s event=pull_failed", self._rank, request.pipeline)
+            return PullReply(ok=False, detail=f"{self._rank}: {type(error).__name__}: {error}")
 
     async def _on_release(self, message: ReleaseKv, _headers: dict[str, str]) -> None:
         self._backend.release_kv(message.pipeline, message.request_id, message.choice)
@@ -346,7 +410,10 @@ class RankService:
             if not led.is_ready:
                 return SubmitReply(accepted=False, reason=RejectReason.NOT_LEADER, detail=f"{pipeline} does not run")
             led.spans.submitted(request, headers.get(TRACEPARENT), time.time())
-            return await led.pipeline.submit(request)
+            reply = await led.pipeline.submit(request)
+            if not reply.accepted:
+                led.spans.refused(request)
+            return reply
 
         async def cancel(request: CancelRequest, _headers: dict[str, str]) -> None:
             led.pipeline.cancel(request.request_id)
@@ -356,9 +423,10 @@ class RankService:
             return ResendReply(entry=entry)
 
         led.subscriptions += [
-            await self._bus.subscribe(engine.submit(pipeline), GenerateRequest, submit),
+            # Each waits for the step under way: one after the other they would get a step each.
+            await self._bus.subscribe(engine.submit(pipeline), GenerateRequest, submit, concurrently=True),
             await self._bus.subscribe(engine.cancel(pipeline), CancelRequest, cancel),
-            await self._bus.subscribe(engine.resend(pipeline), ResendRequest, resend),
+            await self._bus.subscribe(engine.resend(pipeline), ResendRequest, resend, concurrently=True),
         ]
 
     async def _publish_tokens(self) -> None:
@@ -422,9 +490,17 @@ class RankService:
         while True:
             self._report_due.clear()
             await self._bus.publish(self._bus.engine.report(self._rank), self._report())
+            await self._repeat_failures()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_REPORT_PERIOD_S):
                     await self._report_due.wait()
+
+    async def _repeat_failures(self) -> None:
+        """A report shows what was prepared and what has stopped, but not what failed: say it until the plan changes."""
+        planned = {p.id for p in self._plan.pipelines} if self._plan else set()
+        for progress in list(self._over.values()):
+            if progress.pipeline in planned and progress.phase is not Phase.STOPPED:
+                await self._tell(progress)
 
     def _report(self) -> RankReport:
         kv_tokens = 0

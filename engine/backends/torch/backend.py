@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
+import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -44,6 +47,44 @@ class _Retired:
     released: set[tuple[str, int]] = field(default_factory=set)
 
 
+class _Forming:
+    """A process group that is being formed.
+
+    In a thread of its own: it may wait for long for members that never come, and the few threads of the event loop's
+    pool have transfers to do.
+    """
+
+    def __init__(self, position: Position, host: str, device: torch.device) -> None:
+        self._abandoned = threading.Event()
+        self._result: Future[Communicator | None] = Future()
+        if len(position.pipeline.ranks()) == 1:
+            self._result.set_result(None)
+            return
+        self._result.set_running_or_notify_cancel()
+        threading.Thread(target=self._form, args=(position, host, device), daemon=True).start()
+
+    def _form(self, position: Position, host: str, device: torch.device) -> None:
+        try:
+            self._result.set_result(Communicator(position, host, device, self._abandoned))
+        except Exception as error:  # noqa: BLE001 - it is raised where the result is awaited
+            self._result.set_exception(error)
+
+    async def formed(self) -> Communicator | None:
+        """The group; None for a pipeline of one rank. Raises PipelineBroken if it cannot be formed."""
+        return await asyncio.wrap_future(self._result)
+
+    def abandon(self) -> None:
+        """Nobody wants it any more; its other members hear of it."""
+        self._abandoned.set()
+        self._result.add_done_callback(_close)
+
+
+def _close(forming: Future[Communicator | None]) -> None:
+    communicator = forming.result() if forming.exception() is None else None
+    if communicator is not None:
+        communicator.abort()
+
+
 class TorchBackend:
     """See `engine.backends.base.Backend`. One a rank process.
 
@@ -67,7 +108,8 @@ class TorchBackend:
         self._rendezvous = rendezvous_store(settings.host)
         self._profile: StepProfile | None = None
         self._prepared: dict[str, PipelineParts] = {}
-        self._discarded: set[str] = set()
+        self._preparing: list[Position] = []
+        self._freeing = asyncio.Lock()
         self._running: dict[str, PipelineThread] = {}
         self._retired: dict[str, _Retired] = {}
 
@@ -100,28 +142,20 @@ class TorchBackend:
     # --- pipelines --------------------------------------------------------------------------------------------
 
     async def prepare(self, position: Position, transfers: list[Transfer]) -> PrepareReport:
-        pipeline = position.pipeline.id
-        self._discarded.discard(pipeline)
-        forming = asyncio.create_task(asyncio.to_thread(self._form_group, position))
+        forming = _Forming(position, self._settings.host, self._device)
+        self._preparing.append(position)  # From now on nothing that it needs is freed.
         try:
             report = await self._obtain_units(position, transfers)
             started_s = time.perf_counter()
-            communicator = await forming
+            communicator = await forming.formed()
             regroup_s = time.perf_counter() - started_s
-            parts = await asyncio.to_thread(self._build, position, communicator)
+            self._prepared[position.pipeline.id] = await asyncio.to_thread(self._build, position, communicator)
         except BaseException:
-            forming.add_done_callback(_abort_when_formed)
+            forming.abandon()
             raise
-        if pipeline in self._discarded:
-            _close_communicator(parts.communicator)
-            raise ProtocolError(f"{pipeline} was discarded while it was prepared")
-        self._prepared[pipeline] = parts
+        finally:
+            self._preparing.remove(position)
         return PrepareReport(report.pulled_bytes, report.disk_bytes, report.pull_s, regroup_s)
-
-    def _form_group(self, position: Position) -> Communicator | None:
-        if len(position.pipeline.ranks()) == 1:
-            return None
-        return Communicator(position, self._settings.host, self._device)
 
     def _build(self, position: Position, communicator: Communicator | None) -> PipelineParts:
         config, settings, pipeline = self._config, self._settings, position.pipeline
@@ -163,10 +197,10 @@ class TorchBackend:
         return group * self._config.vocab_size // self._config.num_kv_heads
 
     def discard(self, pipeline: str) -> None:
-        self._discarded.add(pipeline)
         parts = self._prepared.pop(pipeline, None)
-        if parts is not None:
-            _close_communicator(parts.communicator)
+        if parts is not None and parts.communicator is not None:
+            # In a thread, since it takes a moment for each peer.
+            threading.Thread(target=parts.communicator.abort, daemon=True).start()
 
     def start(self, pipeline: str, events: PipelineEvents) -> Leader | Member:
         parts = self._prepared.pop(pipeline)
@@ -204,24 +238,34 @@ class TorchBackend:
             kv_bytes_per_token=model.kv_unit_bytes_per_token * model.num_layers * model.num_head_groups,
         )
 
-    def free_unneeded(self, pipeline: str) -> None:
-        """Free the weights that a started pipeline (and a prepared one) does not need."""
-        positions = [parts.position for parts in self._prepared.values()]
-        positions += [t.parts.position for name, t in self._running.items() if name == pipeline]
-        self._store.keep_only({unit for position in positions for unit in position.units(self._model)})
+    async def free_unneeded(self, pipeline: str) -> None:
+        """Free the weights that neither a started pipeline nor one that is prepared needs."""
+        async with self._freeing:
+            if pipeline not in self._running:
+                return  # It has ended meanwhile: what is here is what the next one starts from.
+            parts = [*self._prepared.values(), *(thread.parts for thread in self._running.values())]
+            positions = [*self._preparing, *(part.position for part in parts)]
+            needed = {unit for position in positions for unit in position.units(self._model)}
+            await asyncio.to_thread(self._store.keep_only, needed)
 
     def ended(self, pipeline: str, num_parked: int) -> None:
         """A running pipeline has stopped (its KV is kept while sequences are parked) or broken (0)."""
-        thread = self._running.pop(pipeline, None)
-        if thread is not None and num_parked:
-            self._retired[pipeline] = _Retired(thread.parts.pool, num_parked, time.time())
+        thread = self._running.get(pipeline)
+        if thread is None:
+            return
+        pool, thread.parts.pool = thread.parts.pool, None
+        if pool is not None and num_parked:
+            # Before it leaves `_running`: worker threads look for its KV in both.
+            self._retired[pipeline] = _Retired(pool, num_parked, time.time())
+        del self._running[pipeline]
 
     # --- weights ----------------------------------------------------------------------------------------------
 
     async def _obtain_units(self, position: Position, transfers: list[Transfer]) -> PrepareReport:
         """Fetch what is missing: from the holders the plan names, best first, else from disk."""
         started_s = time.perf_counter()
-        missing = position.units(self._model) - self._store.units()
+        async with self._freeing:  # What is just being freed must not be counted on.
+            missing = position.units(self._model) - self._store.units()
         sources = {unit: list(names) for unit, names in transfers_by_unit(transfers).items()}
         pulled_bytes = 0
         while True:
@@ -250,9 +294,10 @@ class TorchBackend:
         try:
             for start in range(0, len(units), _FETCH_BATCH_UNITS):
                 request = FetchUnits(units=units[start : start + _FETCH_BATCH_UNITS])
-                async for (layer, group), data in fetch(holder, address.context_address, request):
-                    await asyncio.to_thread(self._store.import_unit, layer, group, data)
-                    num_bytes += len(data)
+                async with contextlib.aclosing(fetch(holder, address.context_address, request)) as items:
+                    async for (layer, group), data in items:
+                        await asyncio.to_thread(self._store.import_unit, layer, group, data)
+                        num_bytes += len(data)
         except EngineError as error:
             logger.warning("rank=%s event=pull_failed cause=%s", self._rank, error)
         return num_bytes
@@ -283,7 +328,8 @@ class TorchBackend:
 
     async def pull_kv(self, request: PullRequest) -> PullReply:
         thread = self._running.get(request.pipeline)
-        if thread is None:
+        pool = thread.parts.pool if thread is not None else None
+        if thread is None or pool is None:
             return PullReply(ok=False, detail=f"{request.pipeline} does not run on {self._rank}")
         position = thread.parts.position
         wanted = {
@@ -291,38 +337,38 @@ class TorchBackend:
             for layer in range(position.first_layer, position.last_layer + 1)
             for group in range(position.first_group, position.last_group + 1)
         }
+        own_units: list[Unit] = []
         by_holder: list[tuple[KvHolder, list[Unit]]] = []
         for holder in request.source.holders:
             units = sorted(unit for unit in wanted if _holds(holder, unit))
             wanted.difference_update(units)
-            if units:
+            if holder.rank == self._rank:
+                own_units += units
+            elif units:
                 by_holder.append((holder, units))
         if wanted:
             return PullReply(ok=False, detail=f"nobody holds KV of (layer, head group) {min(wanted)}")
         try:
-            moved = await asyncio.gather(
-                *(self._pull_from(holder, units, request, thread.parts.pool) for holder, units in by_holder)
-            )
-        except EngineError as error:
-            return PullReply(ok=False, detail=str(error))
-        is_local = [holder.rank == self._rank for holder, _ in by_holder]
-        return PullReply(
-            ok=True,
-            pulled_bytes=sum(n for n, local in zip(moved, is_local, strict=True) if not local),
-            local_bytes=sum(n for n, local in zip(moved, is_local, strict=True) if local),
-        )
+            local_bytes = await asyncio.to_thread(self._copy_kv, own_units, request, pool)
+            # A group, and not `gather`: after a failure nobody may go on writing into the blocks.
+            async with asyncio.TaskGroup() as group:
+                pulls = [group.create_task(self._pull_from(*holding, request, pool)) for holding in by_holder]
+        except* EngineError as errors:
+            failure = str(errors.exceptions[0])
+        else:
+            return PullReply(ok=True, pulled_bytes=sum(pull.result() for pull in pulls), local_bytes=local_bytes)
+        return PullReply(ok=False, detail=failure)
 
     async def _pull_from(self, holder: KvHolder, units: list[Unit], request: PullRequest, pool: KvPool) -> int:
         source = request.source
-        if holder.rank == self._rank:
-            return await asyncio.to_thread(self._copy_kv, units, request, pool)
         fetch_request = FetchKv(
             pipeline=source.pipeline, units=units, blocks=source.blocks, num_tokens=source.num_tokens
         )
         num_bytes = 0
-        async for (layer, group), data in fetch(holder.rank, holder.context_address, fetch_request):
-            pool.import_sequence(layer, group, request.blocks, source.num_tokens, data)
-            num_bytes += len(data)
+        async with contextlib.aclosing(fetch(holder.rank, holder.context_address, fetch_request)) as items:
+            async for (layer, group), data in items:
+                pool.import_sequence(layer, group, request.blocks, source.num_tokens, data)
+                num_bytes += len(data)
         return num_bytes
 
     def _copy_kv(self, units: list[Unit], request: PullRequest, pool: KvPool) -> int:
@@ -374,14 +420,3 @@ def _default_memory_bytes(device: torch.device) -> int:
 def _holds(holder: KvHolder, unit: Unit) -> bool:
     layer, group = unit
     return holder.first_layer <= layer <= holder.last_layer and holder.first_group <= group <= holder.last_group
-
-
-def _close_communicator(communicator: Communicator | None) -> None:
-    if communicator is not None:
-        communicator.abort()
-
-
-def _abort_when_formed(forming: asyncio.Task[Communicator | None]) -> None:
-    """Nobody waits for this group any more; close it, so that its members hear of it."""
-    if not forming.cancelled() and forming.exception() is None:
-        _close_communicator(forming.result())

@@ -8,6 +8,8 @@ of several pipelines live side by side and die apart.
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections import deque
 from datetime import timedelta
 from typing import Any, Final
@@ -21,6 +23,7 @@ from engine.core.roles import Position
 from engine.errors import PipelineBroken
 
 FORM_TIMEOUT_S: Final = 20.0
+_MEET_POLL_S: Final = 0.01
 _IDLE_TIMEOUT: Final = timedelta(days=30)
 """A worker waits in a receive for as long as there is nothing to do; death shows as a closed connection."""
 _ABORT_TIMEOUT: Final = timedelta(milliseconds=1)
@@ -51,22 +54,60 @@ def _nccl(store: Any, index: int, size: int) -> Any:
     return ProcessGroupNCCL(store, index, size, ProcessGroupNCCL.Options())
 
 
+def _meet(store: TCPStore, position: Position, abandoned: threading.Event) -> str:
+    """Wait until every member is at the leader's store; returns the prefix under which they form their groups.
+
+    Gloo's own wait cannot be broken off, so it begins only when all are there. The leader opens a new round whenever it
+    prepares the pipeline (an id may come back), so that nobody reads the addresses of an earlier try.
+    """
+    pipeline, ranks = position.pipeline.id, position.pipeline.ranks()
+    current = f"{pipeline}/round"
+    if position.leads:
+        store.set(current, str(store.add(f"{pipeline}/num_rounds", 1)))
+    deadline_s = time.monotonic() + FORM_TIMEOUT_S
+    here = ""
+    while True:
+        number = store.get(current).decode() if store.check([current]) else ""
+        if number:
+            prefix = f"{pipeline}/{number}"
+            here = f"{prefix}/here"
+            store.set(f"{here}/{position.index}", "")
+            missing = [rank for i, rank in enumerate(ranks) if not store.check([f"{here}/{i}"])]
+            if not missing:
+                return prefix
+        else:
+            missing = [position.pipeline.leader]
+        if abandoned.wait(_MEET_POLL_S):
+            if here:
+                store.delete_key(f"{here}/{position.index}")
+            raise PipelineBroken(pipeline, "it was discarded while its group was formed")
+        if time.monotonic() > deadline_s:
+            raise PipelineBroken(pipeline, f"{', '.join(missing)} did not come within {FORM_TIMEOUT_S:g} s")
+
+
 class Communicator:
     """This rank's connections in one pipeline. Forming it blocks until every member has come.
+
+    Set `abandoned` to break that off; groups that are formed all the same are closed again.
 
     Raises:
         PipelineBroken: a member did not come in time, or any later operation met a closed connection.
 
     """
 
-    def __init__(self, position: Position, host: str, device: torch.device) -> None:
+    def __init__(self, position: Position, host: str, device: torch.device, abandoned: threading.Event) -> None:
         self.pipeline = position.pipeline.id
         self.device = device
         self._size = len(position.pipeline.ranks())
         self._tensor = position.pipeline.tensor
         self._sends: deque[tuple[Any, Tensor]] = deque()
-        leader = position.addresses[position.pipeline.leader].store_address
-        store_host, _, port = leader.rpartition(":")
+        self.index = position.index
+        self.shard = position.shard
+        self._shards: Any = None
+        leader = position.addresses.get(position.pipeline.leader)
+        if leader is None:
+            raise PipelineBroken(self.pipeline, f"the plan has no address of its leader {position.pipeline.leader}")
+        store_host, _, port = leader.store_address.rpartition(":")
         try:
             store = TCPStore(
                 store_host,
@@ -76,24 +117,31 @@ class Communicator:
                 timeout=timedelta(seconds=FORM_TIMEOUT_S),
             )
             self._store = store
-            prefix = f"{self.pipeline}/all"
-            self._control = _gloo(PrefixStore(prefix, store), position.index, self._size, host)
-            self._data = self._control
-            if device.type == "cuda":
-                self._data = _nccl(PrefixStore(prefix + "/nccl", store), position.index, self._size)
-            self._shards: Any = None
-            if self._tensor > 1:
-                prefix = f"{self.pipeline}/stage{position.stage}"
-                shard_store = PrefixStore(prefix, store)
-                self._shards = (
-                    _nccl(shard_store, position.shard, self._tensor)
-                    if device.type == "cuda"
-                    else _gloo(shard_store, position.shard, self._tensor, host)
-                )
+            try:
+                self._form(store, position, host, abandoned)
+            finally:
+                if position.leads:
+                    store.set(f"{self.pipeline}/round", "")
         except RuntimeError as error:
             raise PipelineBroken(self.pipeline, f"its group cannot be formed: {_short(error)}") from error
-        self.index = position.index
-        self.shard = position.shard
+        if abandoned.is_set():
+            self.abort()
+            raise PipelineBroken(self.pipeline, "it was discarded while its group was formed")
+
+    def _form(self, store: TCPStore, position: Position, host: str, abandoned: threading.Event) -> None:
+        prefix = _meet(store, position, abandoned)
+        on_cuda = self.device.type == "cuda"
+        self._control = _gloo(PrefixStore(f"{prefix}/all", store), position.index, self._size, host)
+        self._data = self._control
+        if on_cuda:
+            self._data = _nccl(PrefixStore(f"{prefix}/nccl", store), position.index, self._size)
+        if self._tensor > 1:
+            shard_store = PrefixStore(f"{prefix}/stage{position.stage}", store)
+            self._shards = (
+                _nccl(shard_store, position.shard, self._tensor)
+                if on_cuda
+                else _gloo(shard_store, position.shard, self._tensor, host)
+            )
 
     # --- hops -------------------------------------------------------------------------------------------------
 

@@ -73,7 +73,8 @@ class PipelineParts:
     position: Position
     model: StageModel | None
     """None once the pipeline has ended: its weights may be freed while its KV is still wanted."""
-    pool: KvPool
+    pool: KvPool | None
+    """None once the pipeline has ended: who still wants its KV holds the pool."""
     communicator: Communicator | None
     vocab_rows: list[int]
     """Vocabulary rows of each shard of the last stage."""
@@ -113,8 +114,9 @@ class PipelineThread:
         if self._aborted is None:
             self._aborted = cause
             self._wake()
-            if self.parts.communicator is not None:
-                threading.Thread(target=self.parts.communicator.abort, daemon=True).start()
+            communicator = self.parts.communicator  # The thread may be dropping it.
+            if communicator is not None:
+                threading.Thread(target=communicator.abort, daemon=True).start()
 
     def _wake(self) -> None:
         """Make the thread look at its state."""
@@ -148,8 +150,10 @@ class PipelineThread:
         self.parts.model = None
 
     def _forward(self, batch: StageBatch, hidden: Tensor | None) -> Tensor:
-        assert self.parts.model is not None, f"{self.id} has ended"
-        return self.parts.model.forward(batch, hidden, self.parts.pool)
+        parts = self.parts
+        assert parts.model is not None, f"{self.id} has ended"
+        assert parts.pool is not None, f"{self.id} has ended"
+        return parts.model.forward(batch, hidden, parts.pool)
 
 
 class Member(PipelineThread):
@@ -262,8 +266,11 @@ class Leader(PipelineThread):
         future: asyncio.Future[T | None] = loop.create_future()
 
         def answer() -> None:
-            result = action()
-            loop.call_soon_threadsafe(_resolve, future, result)
+            result: T | None = None
+            try:
+                result = action()
+            finally:  # Also when it fails, and the pipeline with it: somebody waits.
+                loop.call_soon_threadsafe(_resolve, future, result)
 
         return await future if self._post(answer) else None
 
@@ -280,6 +287,7 @@ class Leader(PipelineThread):
         finally:
             with self._inbox_lock:
                 self._is_over = True
+            self.scheduler.drain()  # What is in the inbox now must not be accepted.
             self._drain_inbox()
 
     def _greet(self) -> None:
@@ -432,7 +440,7 @@ class Leader(PipelineThread):
 
     def _take_snapshot(self) -> None:
         counts = self.scheduler.counts()
-        block_tokens = self.parts.pool.block_tokens
+        block_tokens = self.scheduler.limits.block_tokens
         self._snapshot = Snapshot(
             running=counts.running,
             waiting=counts.waiting,
@@ -444,6 +452,6 @@ class Leader(PipelineThread):
         )
 
 
-def _resolve(future: asyncio.Future[T | None], result: T) -> None:
+def _resolve(future: asyncio.Future[T | None], result: T | None) -> None:
     if not future.done():
         future.set_result(result)
