@@ -34,8 +34,9 @@ model: setup ## Fetch and convert the default model once
 up: setup ## Serve the default model on three local instances: make up ARGS="--port 8123 --instances 4"
 	@exec $(BIN)/spotserve up $(ARGS)
 
+# Two workers, a file at a time: tests of one file share a running stack.
 test: model ## Set up and run all tests: make test ARGS="-k planner"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 format: setup ## Rewrite the source in the project's format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -83,7 +83,7 @@ def up(
     state_dir: StateDirOption = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer together, in tokens.")] = None,
     reduction: Annotated[
-        str | None, typer.Option(help="fast, or fixed: bit-identical results for every tensor degree.")
+        str | None, typer.Option(help="fast, or fixed: bit-identical results for every shape and batch.")
     ] = None,
     pipelines: Annotated[
         int | None, typer.Option(help="Pipelines to aim for: this many, or the closest below.")

@@ -46,7 +46,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_step_tokens: int = 256
     """Rows of one step: a long prompt is prefilled in chunks of at most this size."""
     rank_memory_bytes: int | None = None
-    """For weights and KV of one rank. None: an equal share of what is free at start."""
+    """For weights and KV of one rank. None: a quarter of the machine's memory, or 90 % of a GPU's."""
     num_threads: int = 1
     """Compute threads of a rank. On a busy CPU two are many times slower than one."""
     cache_dir: Path = Path("~/.cache/spotserve")

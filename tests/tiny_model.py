@@ -23,8 +23,8 @@ def make_tiny_model(directory: Path, *, layers: int = LAYERS, max_len: int = 204
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment] # stub
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment] # stub
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.save(str(directory / "tokenizer.json"))
     _write(
@@ -64,7 +64,8 @@ def _weights(layers: int, vocab_size: int, seed: int) -> dict[str, torch.Tensor]
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * (1.5 / shape[-1] ** 0.5)
+        values: torch.Tensor = torch.randn(*shape, generator=generator)
+        return values.mul_(float(1.5 / shape[-1] ** 0.5))
 
     kv_dim = HIDDEN // HEADS * KV_HEADS
     weights = {

@@ -39,6 +39,7 @@ def make_backend(request: pytest.FixtureRequest, model_dir: Path) -> MakeBackend
             model_dir=model_dir,
             instance=rank,
             reduction="fixed",
+            kv_transfer="always",
             cache_dir=model_dir.parent / "cache",
         )
         return TorchBackend(settings, rank)
