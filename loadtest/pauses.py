@@ -65,10 +65,10 @@ class Gap(msgspec.Struct, frozen=True):
 
 
 class Parts(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a pause went; None: not on the way of this one.
+    """Where the gap went that a resume ended; None: not on the way of this one.
 
-    With notice: arrange + hand_over + transfer + first_token = the pause; what lies before went on beside the decoding.
-    Without: since_token + detect + plan + publish + hand_over + transfer + first_token = the pause.
+    With notice: arrange + hand_over + transfer + first_token = the gap; what lies before went on beside the decoding.
+    Without: since_token + detect + plan + publish + hand_over + transfer + first_token = the gap.
     """
 
     since_token_s: float | None = None
@@ -138,27 +138,36 @@ def gaps_within(times_s: Sequence[float], windows: Iterable[tuple[float, float]]
 def pauses_of(event: Event, logs: Iterable[StreamLog], heard: Heard) -> list[Pause]:
     """Of every stream that `event` interrupted after its first token."""
     by_request = {log.request_id: log for log in logs}
-    resumed = {name for at_s, name, _ in heard.resumes if event.at_s <= at_s <= event.until_s}
     found = []
-    for name in sorted(resumed & by_request.keys()):
-        gap = longest_gap(by_request[name].chunk_times_s, event.at_s, event.until_s)
-        if gap is None:
+    for name in sorted({name for _, name, _ in heard.resumes} & by_request.keys()):
+        times_s = by_request[name].chunk_times_s
+        longest = longest_gap(times_s, event.at_s, event.until_s)
+        resumes = [(t, stats) for t, request, stats in heard.resumes if request == name]
+        ended = [
+            (gap, at_s, stats)
+            for at_s, stats in resumes
+            if event.at_s <= at_s <= event.until_s and (gap := _gap_ended_at(times_s, at_s)) is not None
+        ]
+        if longest is None or not ended:
             continue
-        # A sequence may be resumed more than once in an event: the one that ended its longest gap.
-        resumed_at_s, stats = min(
-            ((at_s, stats) for at_s, request, stats in heard.resumes if request == name),
-            key=lambda one: abs(one[0] - gap.to_s),
-        )
+        # A sequence may be resumed more than once in an event; and its longest gap may have another reason.
+        gap, resumed_at_s, stats = max(ended, key=lambda one: one[0].length_s)
         found.append(
             Pause(
                 request_id=name,
-                pause_s=gap.length_s,
+                pause_s=longest.length_s,
                 parts=parts_of(event, gap, resumed_at_s, stats, name, heard),
                 pulled_tokens=stats.pulled_tokens,
                 recomputed_tokens=stats.recomputed_tokens,
             )
         )
     return found
+
+
+def _gap_ended_at(times_s: Sequence[float], at_s: float) -> Gap | None:
+    """The gap whose later chunk is the one nearest to `at_s`."""
+    gaps = [Gap(a, b) for a, b in pairwise(times_s)]
+    return min(gaps, key=lambda gap: abs(gap.to_s - at_s), default=None)
 
 
 def longest_untouched_gaps(event: Event, logs: Iterable[StreamLog], pauses: Iterable[Pause]) -> list[float]:

@@ -170,6 +170,17 @@ def test_the_resume_that_ended_the_longest_gap_counts() -> None:
     assert pause.recomputed_tokens == 2
 
 
+def test_the_parts_are_those_of_the_gap_that_the_resume_ended() -> None:
+    heard = Heard(
+        interruptions=[(12.05, "a")],
+        resumes=[(12.5, "a", ResumeStats(pulled_tokens=1, pull_s=0.1, waited_s=0.3))],
+    )
+    (pause,) = pauses_of(event(Kind.NOTICE), [log("a", 10.1, 11.9, 12.0, 12.6)], heard)
+    assert pause.pause_s == pytest.approx(1.8)
+    assert pause.parts.arrange_s == pytest.approx(0.05)
+    assert pause.parts.first_token_s == pytest.approx(0.3)
+
+
 def test_a_plan_for_another_cause_is_not_taken() -> None:
     heard = Heard(
         plans=[
