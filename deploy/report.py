@@ -53,9 +53,14 @@ class StatusReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def status_report(status: Status, requests: RequestCounts | None) -> StatusReport:
-    """`requests` is None where the gateway did not answer."""
+    """`requests` is None where the gateway did not answer.
+
+    A retiring pipeline is listed for as long as it serves: under notice it goes on until its deadline is near.
+    """
     running = requests.pipelines if requests else {}
-    pipelines = status.plan.pipelines if status.plan else []
+    pipelines = list(status.plan.pipelines) if status.plan else []
+    retiring = status.plan.retiring if status.plan else []
+    pipelines += [one.pipeline for one in retiring if not one.broken and running.get(one.pipeline.id)]
     return StatusReport(
         epoch=status.epoch,
         instances=[_instance_report(instance) for instance in status.instances],

@@ -22,6 +22,7 @@ from planner.protocol import (
     ParallelConfig,
     Pipeline,
     Plan,
+    Retiring,
     Shard,
     Stage,
     Status,
@@ -129,6 +130,17 @@ def test_status_json_has_the_agreed_keys() -> None:
         ],
         "requests": {"running": 5, "waiting": 2},
     }
+
+
+def test_a_retiring_pipeline_is_listed_while_it_serves() -> None:
+    assert STATUS.plan is not None
+    gone = msgspec.structs.replace(PIPELINE, id="p1")
+    retiring = [Retiring(pipeline=gone, reason="notice")]
+    plan = msgspec.structs.replace(STATUS.plan, retiring=retiring)
+    status = msgspec.structs.replace(STATUS, plan=plan)
+    serving = status_report(status, RequestCounts(running=1, waiting=0, pipelines={"p1": 1}))
+    assert [pipeline.id for pipeline in serving.pipelines] == ["p3", "p1"]
+    assert [pipeline.id for pipeline in status_report(status, COUNTS).pipelines] == ["p3"]
 
 
 def test_status_without_plan_and_gateway_says_so() -> None:
