@@ -304,10 +304,11 @@ class Leader(PipelineThread):
         step = self.scheduler.schedule(now_s)
         if step is not None:
             self._launch(step)
+        is_idle = not self._under_way  # Asked before a step is finished, since that makes its sequences ready again.
         if self._under_way and (step is None or len(self._under_way) >= self.parts.num_stages):
             self._finish_oldest()
         self._take_snapshot()
-        if step is None and not self._under_way and not orders and not entries:
+        if is_idle and not orders and not entries:
             self._wait_for_work()
         self._drain_inbox()
 
