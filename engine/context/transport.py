@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _LENGTH: Final = struct.Struct("<I")
 _ITEM: Final = struct.Struct("<BQQ")
+BATCH_BYTES: Final = 1 << 20
+"""What is exported or imported by one call into a worker thread."""
 _MAX_REQUEST_BYTES: Final = 1 << 20
 _STREAM_LIMIT_BYTES: Final = 1 << 22
 _CONNECT_TIMEOUT_S: Final = 2.0
@@ -97,11 +99,12 @@ class ContextServer:
                 await writer.wait_closed()
 
     async def _answer(self, body: bytes, writer: asyncio.StreamWriter) -> None:
+        batch: list[bytes] = []
         try:
             items = self._items(_decoder.decode(body))
-            while (data := await asyncio.to_thread(next, items, None)) is not None:
-                writer.write(_ITEM.pack(0, len(data), xxhash.xxh3_64_intdigest(data)))
-                writer.write(data)
+            while await asyncio.to_thread(_fill, batch, items):
+                writer.writelines(batch)
+                batch.clear()
                 await writer.drain()
         except OSError:
             raise  # The connection, not the context.
@@ -109,6 +112,7 @@ class ContextServer:
             if not isinstance(error, EngineError):
                 logger.exception("event=context_request_failed")
             text = f"{type(error).__name__}: {error}".encode()
+            writer.writelines(batch)
             writer.write(_ITEM.pack(1, len(text), xxhash.xxh3_64_intdigest(text)) + text)
             await writer.drain()
 
@@ -118,6 +122,20 @@ class ContextServer:
                 yield self._source.export_unit(layer, group)
             else:
                 yield self._source.export_kv(request.pipeline, layer, group, request.blocks, request.num_tokens)
+
+
+def _fill(batch: list[bytes], items: Iterator[bytes]) -> bool:
+    """Put the next items on `batch`, about `BATCH_BYTES` of them; False if there was none.
+
+    A worker thread is entered once a batch: beside one that computes, each change of threads may take a millisecond.
+    """
+    num_bytes = 0
+    for data in items:
+        batch += [_ITEM.pack(0, len(data), xxhash.xxh3_64_intdigest(data)), data]
+        num_bytes += len(data)
+        if num_bytes >= BATCH_BYTES:
+            break
+    return bool(batch)
 
 
 async def fetch(holder: str, address: str, request: FetchUnits | FetchKv) -> AsyncGenerator[tuple[Unit, bytes]]:
@@ -146,6 +164,26 @@ async def fetch(holder: str, address: str, request: FetchUnits | FetchKv) -> Asy
     finally:
         if writer is not None:
             writer.close()
+
+
+async def in_batches(items: AsyncGenerator[tuple[Unit, bytes]]) -> AsyncGenerator[list[tuple[Unit, bytes]]]:
+    """`items` in lists of about `BATCH_BYTES`; closes `items`. What was read before an error comes before it."""
+    batch: list[tuple[Unit, bytes]] = []
+    num_bytes = 0
+    async with contextlib.aclosing(items):
+        try:
+            async for item in items:
+                batch.append(item)
+                num_bytes += len(item[1])
+                if num_bytes >= BATCH_BYTES:
+                    yield batch
+                    batch, num_bytes = [], 0
+        except TransferError:
+            if batch:
+                yield batch
+            raise
+    if batch:
+        yield batch
 
 
 async def _read_item(reader: asyncio.StreamReader, holder: str, what: str) -> bytes:

@@ -149,6 +149,7 @@ class Dispatcher:
             "running": sum(pipelines.values()),
             "waiting": len(self._queue),
             "pipelines": dict(pipelines),
+            "ready": sorted(self.router.ready(self._clock())),
         }
 
     def fail_all(self, error: ApiError) -> None:

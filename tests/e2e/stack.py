@@ -219,6 +219,17 @@ class Session:
     async def kill(self, instance: str) -> None:
         await self._command(KillCommand(instance=instance))
 
+    async def kill_until_resumed(self) -> None:
+        """Kill an instance under traffic; another one if its streams were all between two answers."""
+        for _ in range(5):
+            victim = (await self.ready_instances())[0]
+            await self.kill(victim)
+            await self.until_gone(victim)
+            if self.resumes:
+                return
+            await self.add()
+            await self.until(lambda: self.has_instances(3), "three instances again")
+
     async def add(self) -> str:
         before = {i.id for i in (await self.status()).instances}
         message = await self._command(AddCommand())
@@ -309,19 +320,25 @@ class Session:
             await asyncio.sleep(0.05)
 
     async def settled(self) -> None:
-        """Every planned pipeline serves, no request is open and no KV block is held."""
+        """Every planned pipeline serves, no request is open, no KV block is held; and it stays so for a second."""
+        clean_since: dict[int, float] = {}
 
         async def clean() -> bool:
-            plan = (await self.status()).plan
+            status = await self.status()
             counts = (await self.http.get("/internal/requests")).json()
-            live = [self.states.get(p.id) for p in plan.pipelines] if plan else []
-            return (
+            live = [self.states.get(p.id) for p in status.plan.pipelines] if status.plan else []
+            is_clean = (
                 counts["running"] == counts["waiting"] == 0
                 and bool(live)
                 and all(s is not None and s.ready and not s.draining for s in live)
                 and all(s is not None and s.free_kv_blocks == s.total_kv_blocks for s in live)
                 and all(s is not None and s.running == s.waiting == s.parked == 0 for s in live)
             )
+            if not is_clean:
+                clean_since.clear()
+                return False
+            now_s = time.monotonic()
+            return now_s - clean_since.setdefault(status.epoch, now_s) > 1.0
 
         await self.until(clean, "no open request and no leaked KV block")
 

@@ -95,9 +95,7 @@ async def test_a_kill_without_notice_recomputes(stack: Stack, expected: list[lis
     async with Session(stack) as session:
         await session.restore(3)
         async with await traffic(session, expected):
-            victim = (await session.ready_instances())[0]
-            await session.kill(victim)
-            await session.until_gone(victim)
+            await session.kill_until_resumed()
         assert any(resume.recomputed_tokens > 0 for resume in session.resumes)
         await session.settled()
 

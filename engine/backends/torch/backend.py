@@ -9,6 +9,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from engine.backends.torch.kv_pool import KvPool
 from engine.backends.torch.pipeline import Leader, Member, PipelineParts, PipelineThread
 from engine.backends.torch.stage_model import SoloGroup, StageModel
 from engine.backends.torch.weights import Checkpoint, WeightStore
-from engine.context.transport import FetchKv, FetchUnits, fetch
+from engine.context.transport import FetchKv, FetchUnits, fetch, in_batches
 from engine.core.roles import Position, Unit, transfers_by_unit
 from engine.core.scheduler import CostEstimate, Scheduler, SchedulerLimits
 from engine.errors import EngineError, ProtocolError
@@ -267,6 +268,19 @@ class TorchBackend:
         async with self._freeing:  # What is just being freed must not be counted on.
             missing = position.units(self._model) - self._store.units()
         sources = {unit: list(names) for unit, names in transfers_by_unit(transfers).items()}
+        nowhere = sorted(unit for unit in missing if not sources.get(unit))
+        missing.difference_update(nowhere)
+        # The disk does not wait for the network.
+        loading = asyncio.create_task(asyncio.to_thread(self._load_units, nowhere))
+        try:
+            pulled_bytes = await self._pull_from_holders(missing, sources, position)
+        finally:
+            await asyncio.wait({loading})
+        disk_bytes = loading.result() + await asyncio.to_thread(self._load_units, sorted(missing))
+        return PrepareReport(pulled_bytes, disk_bytes, time.perf_counter() - started_s)
+
+    async def _pull_from_holders(self, missing: set[Unit], sources: dict[Unit, list[str]], position: Position) -> int:
+        """Pull what is missing, as far as somebody has it; takes it out of `missing`. Bytes pulled."""
         pulled_bytes = 0
         while True:
             by_holder: dict[str, list[Unit]] = {}
@@ -274,17 +288,15 @@ class TorchBackend:
                 if sources.get(unit):
                     by_holder.setdefault(sources[unit][0], []).append(unit)
             if not by_holder:
-                break
+                return pulled_bytes
             fetched = await asyncio.gather(
                 *(self._pull_units(holder, units, position) for holder, units in by_holder.items())
             )
             pulled_bytes += sum(fetched)
-            missing -= self._store.units()
+            missing.difference_update(self._store.units())
             for unit in missing:  # Whoever did not deliver is not asked again.
                 if sources.get(unit):
                     sources[unit].pop(0)
-        disk_bytes = await asyncio.to_thread(self._load_units, sorted(missing))
-        return PrepareReport(pulled_bytes, disk_bytes, time.perf_counter() - started_s)
 
     async def _pull_units(self, holder: str, units: list[Unit], position: Position) -> int:
         address = position.addresses.get(holder)
@@ -294,13 +306,17 @@ class TorchBackend:
         try:
             for start in range(0, len(units), _FETCH_BATCH_UNITS):
                 request = FetchUnits(units=units[start : start + _FETCH_BATCH_UNITS])
-                async with contextlib.aclosing(fetch(holder, address.context_address, request)) as items:
-                    async for (layer, group), data in items:
-                        await asyncio.to_thread(self._store.import_unit, layer, group, data)
-                        num_bytes += len(data)
+                async with contextlib.aclosing(in_batches(fetch(holder, address.context_address, request))) as batches:
+                    async for batch in batches:
+                        num_bytes += await asyncio.to_thread(self._import_units, batch)
         except EngineError as error:
             logger.warning("rank=%s event=pull_failed cause=%s", self._rank, error)
         return num_bytes
+
+    def _import_units(self, batch: list[tuple[Unit, bytes]]) -> int:
+        for (layer, group), data in batch:
+            self._store.import_unit(layer, group, data)
+        return sum(len(data) for _, data in batch)
 
     def _load_units(self, units: list[Unit]) -> int:
         num_bytes = 0
@@ -349,7 +365,7 @@ class TorchBackend:
         if wanted:
             return PullReply(ok=False, detail=f"nobody holds KV of (layer, head group) {min(wanted)}")
         try:
-            local_bytes = await asyncio.to_thread(self._copy_kv, own_units, request, pool)
+            local_bytes = await _to_the_end(self._copy_kv, own_units, request, pool)
             # A group, and not `gather`: after a failure nobody may go on writing into the blocks.
             async with asyncio.TaskGroup() as group:
                 pulls = [group.create_task(self._pull_from(*holding, request, pool)) for holding in by_holder]
@@ -365,10 +381,10 @@ class TorchBackend:
             pipeline=source.pipeline, units=units, blocks=source.blocks, num_tokens=source.num_tokens
         )
         num_bytes = 0
-        async with contextlib.aclosing(fetch(holder.rank, holder.context_address, fetch_request)) as items:
-            async for (layer, group), data in items:
-                pool.import_sequence(layer, group, request.blocks, source.num_tokens, data)
-                num_bytes += len(data)
+        fetched = fetch(holder.rank, holder.context_address, fetch_request)
+        async with contextlib.aclosing(in_batches(fetched)) as batches:
+            async for batch in batches:
+                num_bytes += await _to_the_end(_import_kv, batch, request, pool)
         return num_bytes
 
     def _copy_kv(self, units: list[Unit], request: PullRequest, pool: KvPool) -> int:
@@ -415,6 +431,22 @@ def _default_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] * 9 // 10
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+async def _to_the_end(function: Callable[..., int], *arguments: object) -> int:
+    """`function` in a worker thread. If this is cancelled it waits for the thread first: nobody writes afterwards."""
+    running = asyncio.create_task(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(running)
+    finally:
+        if not running.done():
+            await asyncio.wait({running})
+
+
+def _import_kv(batch: list[tuple[Unit, bytes]], request: PullRequest, pool: KvPool) -> int:
+    for (layer, group), data in batch:
+        pool.import_sequence(layer, group, request.blocks, request.source.num_tokens, data)
+    return sum(len(data) for _, data in batch)
 
 
 def _holds(holder: KvHolder, unit: Unit) -> bool:

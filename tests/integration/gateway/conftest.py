@@ -443,6 +443,11 @@ class Stack:
             while not wanted.items() <= (await self.counts()).items():
                 await asyncio.sleep(0.01)
 
+    async def until_ready(self, *pipelines: str) -> None:
+        async with asyncio.timeout(10):
+            while not set(pipelines) <= set((await self.counts())["ready"]):  # type: ignore[call-overload] # JSON
+                await asyncio.sleep(0.01)
+
     async def close(self) -> None:
         await self.sdk.close()
         await self.http.aclose()

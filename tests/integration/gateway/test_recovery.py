@@ -59,6 +59,7 @@ async def test_interruption_resumes_in_the_heir(stack, expected, tokenizer, with
     await engine.plan("p1", "p2", inherits={"p2": ["p0"]}, retiring={"p0": False})
     for pipeline in (p1, p2):
         await pipeline.publish_state()
+    await stack.until_ready("p1", "p2")
     await p0.interrupt(with_kv=with_kv)
     await stream.task
     first, resumed = p0.submitted[0], p2.submitted[0]
