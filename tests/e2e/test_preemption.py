@@ -19,7 +19,7 @@ from tests.e2e.stack import Prompt, Session, Stack, Traffic
 from tests.tiny_model import make_tiny_model
 
 NUM_STREAMS = 6
-NUM_TOKENS = 150
+NUM_TOKENS = 100
 FIXED = ("--reduction", "fixed", "--dtype", "float32")
 # Six streams of different length, half of them sampled at temperature 1.
 PROMPTS = [
@@ -108,7 +108,7 @@ async def test_a_preemption_with_notice_moves_the_kv(each_shape: tuple[Shared, S
     shared, session = each_shape
     async with await shared.traffic(session):
         victim = (await session.ready_instances())[0]
-        await session.preempt(victim, 5.0)
+        await session.preempt(victim, 4.0)
         await session.until_gone(victim)
     assert session.resumes, "nothing was interrupted"
     assert all(resume.pulled_tokens > 0 and resume.recomputed_tokens == 0 for resume in session.resumes)

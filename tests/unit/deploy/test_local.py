@@ -91,6 +91,13 @@ class Up:
         for process in psutil.Process(self.process.pid).children(recursive=True):
             self.seen[process.pid] = process
 
+    def ranks_of(self, instance: str) -> list[psutil.Process]:
+        """Waits until the instance has started its ranks."""
+        agent = psutil.Process(self.running().pids[instance])
+        wait_for(lambda: agent.children(), f"{instance} has no rank: {self.said()}")
+        self.look()
+        return agent.children()
+
     def left(self) -> list[psutil.Process]:
         return [one for one in self.seen.values() if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
@@ -145,7 +152,7 @@ def test_starts_in_order_serves_and_ctrl_c_leaves_nothing(start: Start) -> None:
     steps = ["nats-server is ready", "planner is ready", "gateway is ready", "] ready: tiny-model, float32", "curl -N"]
     assert sorted(steps, key=said.index) == steps
     assert set(up.running().pids) == {"nats", "planner", "gateway", "i0", "i1", "i2"}
-    assert len(up.seen) == 9  # and a rank of each instance
+    assert all(len(up.ranks_of(instance)) == 1 for instance in ("i0", "i1", "i2"))
     up.process.send_signal(signal.SIGINT)
     assert up.process.wait(20) == 0, up.said()
     assert up.left() == []
@@ -184,7 +191,7 @@ def test_preempt_kill_and_add_are_carried_out_and_told(start: Start) -> None:
     up.wait_until_ready()
     assert up.states() == {"i0": "starting", "i1": "starting"}
 
-    ranks = [one for one in up.seen.values() if one.ppid() == up.running().pids["i1"]]
+    ranks = up.ranks_of("i1")
     assert up.spotserve("kill", "i1").returncode == 0
     wait_for(lambda: "reason='killed'" in up.log("planner"), up.said())
     assert ranks
