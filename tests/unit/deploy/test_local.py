@@ -96,7 +96,7 @@ class Up:
         agent = psutil.Process(self.running().pids[instance])
         wait_for(lambda: agent.children(), f"{instance} has no rank: {self.said()}")
         self.look()
-        return agent.children()
+        return list(agent.children())
 
     def left(self) -> list[psutil.Process]:
         return [one for one in self.seen.values() if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
