@@ -30,7 +30,8 @@ from planner.protocol import LoadReport, Plan, PlannerSubjects
 
 _log = logging.getLogger(__name__)
 
-_SUBMIT_TIMEOUT_S = 1.0
+_SUBMIT_TIMEOUT_S = 5.0
+"""A leader answers between two steps, and a long prefill on a busy CPU takes a second. A dead one the plan tells of."""
 _RESEND_TIMEOUT_S = 0.5
 _PLAN_POLL_S = 2.0
 _MIN_PLAN_POLL_S = 0.2

@@ -219,11 +219,21 @@ class Session:
     async def kill(self, instance: str) -> None:
         await self._command(KillCommand(instance=instance))
 
-    async def kill_until_resumed(self) -> None:
-        """Kill an instance under traffic; another one if its streams were all between two answers."""
+    async def serving_instance(self) -> str:
+        """One that leads a pipeline with running requests."""
+        counts = (await self.http.get("/internal/requests")).json()["pipelines"]
+        plan = (await self.status()).plan
+        assert plan is not None
+        return next(p.stages[0].shards[0].instance for p in plan.pipelines if counts.get(p.id))
+
+    async def take_until_resumed(self, notice_s: float | None) -> None:
+        """Preempt (None: kill) an instance under traffic; another one if its streams all ended before it went."""
         for _ in range(5):
-            victim = (await self.ready_instances())[0]
-            await self.kill(victim)
+            victim = await self.serving_instance()
+            if notice_s is None:
+                await self.kill(victim)
+            else:
+                await self.preempt(victim, notice_s)
             await self.until_gone(victim)
             if self.resumes:
                 return

@@ -69,10 +69,7 @@ async def test_one_trace_a_request(tmp_path: Path, receiver: Receiver) -> None:
             prompt = Prompt(ids=tuple(range(5, 30)), max_tokens=3500)
             task = asyncio.create_task(session.stream(prompt, answer))
             await session.until(lambda: len(answer.ids) >= 3, "tokens")
-            (serving,) = [name for name, state in session.states.items() if state.running]
-            plan = (await session.status()).plan
-            assert plan is not None
-            victim = next(p for p in plan.pipelines if p.id == serving).stages[0].shards[0].instance
+            victim = await session.serving_instance()
             await session.preempt(victim, 2.5)
             await session.until_gone(victim)
             await task
