@@ -140,13 +140,6 @@ class Answer:
     finish_reason: str | None = None
     usage: dict[str, int] = field(default_factory=dict)
     error: str | None = None
-    times_s: list[float] = field(default_factory=list)
-    """Unix time of each chunk that brought tokens."""
-
-    def longest_gap_s(self, after_s: float = 0.0, before_s: float = float("inf")) -> float:
-        """The longest time between two neighbouring chunks of which the later came after `after_s`."""
-        pairs = zip(self.times_s, self.times_s[1:], strict=False)
-        return max((b - a for a, b in pairs if b > after_s and a < before_s), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -375,7 +368,6 @@ class Session:
             for choice in chunk["choices"]:
                 if choice.get("token_ids"):
                     answer.ids += choice["token_ids"]
-                    answer.times_s.append(time.time())
                 answer.text += choice.get("text") or ""
                 answer.finish_reason = choice["finish_reason"] or answer.finish_reason
             answer.usage = chunk.get("usage") or answer.usage

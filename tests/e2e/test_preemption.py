@@ -10,6 +10,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -79,29 +80,31 @@ def tensor(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Sha
     yield from shared_stack(tmp_path_factory, tiny, "--pipelines", "1", "--stages", "1", "--tensor", "3")
 
 
-@pytest.fixture(params=["replicas", "stages", "tensor"])
-async def each_shape(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Shared, Session]]:
-    shared: Shared = request.getfixturevalue(request.param)
+@asynccontextmanager
+async def at_rest(shared: Shared) -> AsyncIterator[tuple[Shared, Session]]:
+    """Three ready instances before the test; no open request and no held block after it."""
     async with Session(shared.stack) as session:
         await session.restore(3)
         yield shared, session
         await session.settled()
 
 
+@pytest.fixture(params=["replicas", "stages", "tensor"])
+async def each_shape(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Shared, Session]]:
+    async with at_rest(request.getfixturevalue(request.param)) as shared_and_session:
+        yield shared_and_session
+
+
 @pytest.fixture
 async def on_replicas(replicas: Shared) -> AsyncIterator[tuple[Shared, Session]]:
-    async with Session(replicas.stack) as session:
-        await session.restore(3)
-        yield replicas, session
-        await session.settled()
+    async with at_rest(replicas) as shared_and_session:
+        yield shared_and_session
 
 
 @pytest.fixture
 async def on_stages(stages: Shared) -> AsyncIterator[tuple[Shared, Session]]:
-    async with Session(stages.stack) as session:
-        await session.restore(3)
-        yield stages, session
-        await session.settled()
+    async with at_rest(stages) as shared_and_session:
+        yield shared_and_session
 
 
 async def test_a_preemption_with_notice_moves_the_kv(each_shape: tuple[Shared, Session]) -> None:
