@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, Final
 
 import orjson
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
+UNICODE_LINE_BREAKS: Final = re.compile("\u0085|\u2028|\u2029".encode())
+ESCAPED: Final = {"\u0085".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u2029".encode(): b"\\u2029"}
+
 
 def event(payload: dict[str, Any]) -> bytes:
-    """One event; orjson writes no line breaks."""
-    return b"data: " + orjson.dumps(payload) + b"\n\n"
+    """One event, which is one line however a client splits lines.
+
+    JSON leaves three line breaks of Unicode as they are, and clients that read by `str.splitlines` (httpx'
+    `aiter_lines`, for one) would cut the event there: they are escaped.
+    """
+    data = orjson.dumps(payload)
+    if UNICODE_LINE_BREAKS.search(data):
+        data = UNICODE_LINE_BREAKS.sub(lambda found: ESCAPED[found[0]], data)
+    return b"data: " + data + b"\n\n"
