@@ -1,0 +1,1 @@
+"""The simulator: the services' own decisions, in virtual time, on capacity traces and arrivals."""

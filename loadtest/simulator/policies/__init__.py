@@ -1,0 +1,1 @@
+"""How a fleet can be run on a capacity trace: ours, the paper's, and its baselines."""

@@ -1,0 +1,15 @@
+"""How fast context moves: between instances, inside one, and from disk."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Links(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes a second in one direction; `inter` and `disk` are of a whole instance, `intra` of one rank."""
+
+    inter_bytes_per_s: float
+    intra_bytes_per_s: float
+    disk_bytes_per_s: float
+    fixed_s: float = 0.2
+    """Messages and connections of a migration, beside its bytes."""
