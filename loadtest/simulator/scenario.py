@@ -1,4 +1,4 @@
-"""What a simulation is given: model, fleet over time, requests, prices. Times are seconds from the start of the trace."""
+"""What a simulation is given: model, fleet over time, requests, prices. Times are in seconds since the trace began."""
 
 from __future__ import annotations
 
