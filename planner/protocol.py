@@ -276,6 +276,14 @@ class Alternative(Wire, frozen=True, kw_only=True):
     num_ranks: int
     verdict: str
     """Why it was chosen, or why it lost."""
+    others: list[ParallelConfig] = []
+    """Pipelines of other shapes beside those of `config`."""
+    usd_per_h: float = 0.0
+    """Of the instances that it occupies; 0: the prices are not known."""
+    bytes_moved: int | None = None
+    """Weights that a change to it moves; None: not worked out."""
+    pause_s: float | None = None
+    """How long a pipeline that a change to it stops stands still; None: not worked out."""
 
 
 class Explanation(Wire, frozen=True, kw_only=True):
@@ -292,6 +300,14 @@ class Explanation(Wire, frozen=True, kw_only=True):
     bytes_moved: int = 0
     migration_s: float = 0.0
     notes: list[str] = []
+    others: list[ParallelConfig] = []
+    """Pipelines of other shapes beside those of `chosen`."""
+    prompt_tokens: float = 0.0
+    """Typical request that the figures are for."""
+    output_tokens: float = 0.0
+    objective: str = ""
+    expected_calm_s: float = 0.0
+    """Expected time to the next event, over which a change had to repay its pause."""
 
 
 class Plan(Message, frozen=True, kw_only=True):
@@ -314,6 +330,17 @@ class Plan(Message, frozen=True, kw_only=True):
     def pipeline_of(self, rank: str) -> Pipeline | None:
         """The pipeline in which `rank` has a position, if any."""
         return next((p for p in self.pipelines if rank in p.ranks()), None)
+
+
+class DesiredCapacity(Message, frozen=True, kw_only=True):
+    """Instances that the planner wants to live, those under notice not counted."""
+
+    spot: int
+    on_demand: int
+    reason: str
+    release: list[str] = []
+    """Instances to give back now, first to last."""
+    decided_at_s: float = 0.0
 
 
 class Phase(StrEnum):
