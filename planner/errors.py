@@ -4,6 +4,7 @@ PlannerError
 ├── SettingsError        a setting is missing or out of range
 ├── ModelMismatchError   an instance serves another model than the fleet
 ├── InventoryError       an inventory names units that its model does not have, or contradicts itself
+├── ProfileError         a profile of step times lacks what is asked for, or contradicts itself
 └── PlanInvariantError   a plan contradicts itself: a fault of the planner, the plan is not published
 """
 
@@ -41,4 +42,12 @@ class PlanInvariantError(PlannerError):
     def __init__(self, epoch: int, reason: str) -> None:
         super().__init__(f"plan of epoch {epoch}: {reason}")
         self.epoch = epoch
+        self.reason = reason
+
+
+class ProfileError(PlannerError):
+    def __init__(self, source: str, field: str, reason: str) -> None:
+        super().__init__(f"profile {source}: {field}: {reason}")
+        self.source = source
+        self.field = field
         self.reason = reason

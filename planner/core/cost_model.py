@@ -1,26 +1,41 @@
 """What a (data, pipeline, tensor) configuration costs: memory, latency of a typical request, throughput.
 
-The times come from a measured `StepProfile`. A pipeline of P stages runs m = min(P, sequences) micro-batches, so a
-step of all its sequences takes the longer of one micro-batch's way through all stages and of the m turns of the
-slowest stage (the bubble is in the difference). Prefill is not divided by the number of micro-batches.
+Time. A pipeline of P stages runs its sequences in m = min(P, sequences) micro-batches that follow each other round.
+A step (one token for each sequence) takes the longer of the slowest micro-batch's way through all stages and of the
+turns of all micro-batches at the slowest stage; the bubble is in the difference. Prompt tokens ride in one
+micro-batch for each prompt, add to its time at every stage, and are never divided by the number of micro-batches (the
+artifact does that). A request is one prefill and its further tokens' steps; how many share a step is a matter of
+queueing (`queueing`).
+
+Memory of a rank: weights, the activations of the largest step, the migration buffer, and KV. During a migration the
+KV pools of the old and the new pipeline exist side by side, so KV of the wanted concurrency is held twice where there
+is room. A migration in memory-bounded order receives at most `buffer_bytes` before it releases (U_max in SpotServe's
+Algorithm 2); one without bound may receive its whole new shard before it releases anything of the old.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cached_property, lru_cache
-from itertools import pairwise
-from typing import Final
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
+from planner.core.profile import Profile, check_profile, divisors
+from planner.core.queueing import mean_service_and_wait_s, pooled_wait_s
 from planner.core.stages import split_layers
+from planner.errors import ProfileError
 from planner.protocol import ModelShape, ParallelConfig, StepProfile
 
-ALL_REDUCES_PER_LAYER: Final = 2
-"""One after attention, one after the MLP."""
 GUESSED_BYTES_PER_S: Final = 5e9
 """Memory bandwidth assumed where no instance has measured its steps."""
+ACTIVATION_WIDTHS: Final = 10
+"""Hidden vectors that a rank holds for each token of a step: residual, its norm, attention in and out, MLP in and
+out, and the q, k, v and MLP intermediates of its shard."""
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +44,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     arrivals_per_s: float = 0.0
     prompt_tokens: float = 512.0
     output_tokens: float = 128.0
+    lengths_cv: float = 0.0
+    """Standard deviation of the work of a request over its mean."""
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,32 +53,75 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     latency_s: float
     """Of a typical request, queueing included; infinite where arrivals exceed the throughput."""
     service_s: float
-    """The same without queueing."""
+    """The same without queueing; where arrivals exceed the throughput, with full batches."""
     throughput_per_s: float
     """Requests a second with full batches."""
 
 
+class Factors(Protocol):
+    """What measured steps say of the profile (`refine.Corrections`)."""
+
+    def factor(self, pipeline: int, tensor: int) -> float: ...
+
+
+class _Split(NamedTuple):
+    """What the times of a pipeline depend on: its stages differ in layers, and only the last one has the head."""
+
+    num_layers: int
+    most_layers: int
+    """Of a stage without the head; 0 if there is none."""
+    last_layers: int
+
+
 class CostModel:
-    """Costs of configurations of one model on ranks with at least `memory_bytes` each."""
+    """Costs of configurations of one model on ranks with at least `memory_bytes` each.
+
+    `profile`: None, or a calibration that contradicts itself, is replaced by a guess; a `Profile` that does so, or one
+    of a model with another number of layers, raises ProfileError. `buffer_bytes`: what a migration may receive before
+    it releases anything; None: without bound. `step_tokens`: rows of the largest step, whose activations
+    `memory_bytes` must hold too (0: they are not part of it). Degrees that the profile lacks raise ProfileError.
+    """
 
     def __init__(
-        self, model: ModelShape, profile: StepProfile | None, memory_bytes: int, workload: Workload, max_batch: int
+        self,
+        model: ModelShape,
+        profile: Profile | StepProfile | None,
+        memory_bytes: int,
+        workload: Workload,
+        max_batch: int,
+        *,
+        buffer_bytes: int | None = 0,
+        step_tokens: int = 0,
+        corrections: Factors | None = None,
     ) -> None:
         self.model = model
-        self.profile = profile if profile is not None and _is_usable(profile) else guess_profile(model)
+        self.profile = _usable_profile(model, profile)
         self.memory_bytes = memory_bytes
         self.workload = workload
         self.max_batch = max_batch
+        self.buffer_bytes = buffer_bytes
+        self.step_tokens = step_tokens
+        self._corrections = corrections
+        self._stages: dict[int, list[tuple[int, int]]] = {}
+        self._splits: dict[int, _Split] = {}
+        self._kv_blocks: dict[tuple[int, int], int] = {}
+        self._completions: dict[tuple[int, int], NDArray[np.float64]] = {}
 
     @cached_property
     def head_cost_layers(self) -> float:
-        """Time of embedding, head and sampling in decoder layers, at batch 1."""
-        layer_ms = self._layer_ms(1)
-        return self._head_ms(1) / layer_ms if layer_ms > 0 else 0.0
+        """Time of embedding, head and sampling in decoder layers, at batch 1 and the smallest degree."""
+        tensor = min(self.profile.degrees)
+        return self._head_ms(tensor, 1) / self._decode_layer_ms(tensor, 1)
+
+    def tensor_degrees(self) -> list[int]:
+        """Degrees that the profile covers and that divide the head groups, ascending."""
+        return [tensor for tensor in divisors(self.model.num_head_groups) if tensor in self.profile.degrees]
 
     def stages(self, pipeline: int) -> list[tuple[int, int]]:
         """(first, last) decoder layer of each of `pipeline` stages."""
-        return split_layers(self.model.num_layers, pipeline, self.head_cost_layers)
+        if pipeline not in self._stages:
+            self._stages[pipeline] = split_layers(self.model.num_layers, pipeline, self.head_cost_layers)
+        return self._stages[pipeline]
 
     # --- Memory ---
 
@@ -72,26 +132,19 @@ class CostModel:
 
     def weight_bytes(self, pipeline: int, tensor: int) -> int:
         """Weights of the rank that holds most."""
-        groups = self.model.num_head_groups // tensor
-        return max(
-            groups * sum(self.model.unit_bytes(layer) for layer in self.model.layers_of_stage(first, last))
-            for first, last in self.stages(pipeline)
-        )
+        return max(self._stage_bytes(stage, tensor) for stage in self.stages(pipeline))
+
+    def reserved_bytes(self, pipeline: int, tensor: int) -> int:
+        """Of the rank that holds most: weights, activations and migration buffer."""
+        weights = self.weight_bytes(pipeline, tensor)
+        return weights + self._activation_bytes() + self._buffer_bytes(weights)
 
     def num_kv_blocks(self, pipeline: int, tensor: int) -> int:
         """KV blocks that a pipeline gets; 0 if the model does not fit in this shape."""
-        groups = self.model.num_head_groups // tensor
-        fewest_all, fewest_half = math.inf, math.inf
-        for first, last in self.stages(pipeline):
-            layers = self.model.layers_of_stage(first, last)
-            free_bytes = self.memory_bytes - groups * sum(self.model.unit_bytes(layer) for layer in layers)
-            block_bytes = (last - first + 1) * groups * self.model.kv_unit_bytes_per_token * self.model.kv_block_tokens
-            fewest_all = min(fewest_all, free_bytes // block_bytes)
-            # During a migration the pools of the old and the new pipeline exist side by side.
-            fewest_half = min(fewest_half, free_bytes // 2 // block_bytes)
-        if fewest_all < self.min_kv_blocks:
-            return 0
-        return int(min(max(fewest_half, self.min_kv_blocks), self.max_batch * self.min_kv_blocks))
+        key = (pipeline, tensor)
+        if key not in self._kv_blocks:
+            self._kv_blocks[key] = self._fit_kv_blocks(pipeline, tensor)
+        return self._kv_blocks[key]
 
     def batch(self, pipeline: int, tensor: int) -> int:
         """Sequences that a pipeline decodes at once, limited by the KV of typical requests."""
@@ -100,82 +153,195 @@ class CostModel:
         )
         return max(1, min(self.max_batch, self.num_kv_blocks(pipeline, tensor) // max(1, typical_blocks)))
 
+    def _fit_kv_blocks(self, pipeline: int, tensor: int) -> int:
+        model = self.model
+        unit_block_bytes = model.num_head_groups // tensor * model.kv_unit_bytes_per_token * model.kv_block_tokens
+        fewest_all, fewest_half = math.inf, math.inf
+        for stage in self.stages(pipeline):
+            weights = self._stage_bytes(stage, tensor)
+            free_bytes = self.memory_bytes - weights - self._activation_bytes() - self._buffer_bytes(weights)
+            block_bytes = (stage[1] - stage[0] + 1) * unit_block_bytes
+            fewest_all = min(fewest_all, free_bytes // block_bytes)
+            fewest_half = min(fewest_half, free_bytes // 2 // block_bytes)
+        if fewest_all < self.min_kv_blocks:
+            return 0
+        return int(min(max(fewest_half, self.min_kv_blocks), self.max_batch * self.min_kv_blocks))
+
+    def _stage_bytes(self, stage: tuple[int, int], tensor: int) -> int:
+        model, (first, last) = self.model, stage
+        is_first, is_last = first == 0, last == model.num_layers - 1
+        unit_bytes = (last - first + 1) * model.decoder_unit_bytes
+        if is_first or (is_last and model.tied_embeddings):
+            unit_bytes += model.embedding_unit_bytes
+        if is_last:
+            unit_bytes += model.head_unit_bytes
+        return model.num_head_groups // tensor * unit_bytes
+
+    def _activation_bytes(self) -> int:
+        return self.step_tokens * ACTIVATION_WIDTHS * self.model.hidden_bytes_per_token
+
+    def _buffer_bytes(self, weight_bytes: int) -> int:
+        return weight_bytes if self.buffer_bytes is None else self.buffer_bytes
+
     # --- Time ---
 
-    def decode_step_ms(self, pipeline: int, tensor: int, num_sequences: int) -> float:
-        """Until every one of `num_sequences` of one pipeline has its next token."""
-        num_micro_batches = min(pipeline, num_sequences)
-        micro_batch = -(-num_sequences // num_micro_batches)
-        times_ms = self._stage_ms(pipeline, tensor, micro_batch)
-        hop_ms = self.profile.stage_hop_ms if pipeline > 1 else 0.0
-        through_all_ms = sum(times_ms) + hop_ms * (pipeline - 1)
-        return max(through_all_ms, num_micro_batches * (max(times_ms) + hop_ms))
+    def step_ms(
+        self, pipeline: int, tensor: int, *, num_decoding: int, prefill_tokens: int = 0, context_tokens: float = 0
+    ) -> float:
+        """One step of one pipeline: each of `num_decoding` sequences gets one token, and `prefill_tokens` prompt
+        tokens are processed beside them. `context_tokens` is the mean context of a decoding sequence; 0: the context
+        that was measured.
+        """
+        if num_decoding <= 0 and prefill_tokens <= 0:
+            return 0.0
+        num_prompts = math.ceil(prefill_tokens / max(1.0, self.workload.prompt_tokens)) if prefill_tokens > 0 else 0
+        num_micro_batches = min(pipeline, num_decoding + num_prompts)
+        micro_batch = max(1.0, num_decoding / num_micro_batches)
+        layer_ms = self._decode_layer_ms(tensor, micro_batch)
+        if context_tokens > 0 and num_decoding > 0:
+            beyond = (context_tokens - self.profile.measured_context_tokens) * micro_batch / tensor
+            layer_ms = max(0.0, layer_ms + beyond * self.profile.context_layer_ms_per_token)
+        times_ms = self._through_ms(pipeline, layer_ms, self._head_ms(tensor, micro_batch), self.profile.decode_hop_ms)
+        if not num_prompts:
+            step_ms = max(times_ms[0], num_micro_batches * times_ms[1])
+        else:
+            num_filled = min(num_micro_batches, num_prompts)
+            with_prompt_ms = self._with_prompt_ms(pipeline, tensor, micro_batch, layer_ms, prefill_tokens / num_filled)
+            # They follow each other round: the slowest on its way, or all of them at the slowest stage.
+            turns_ms = (num_micro_batches - num_filled) * times_ms[1] + num_filled * with_prompt_ms[1]
+            step_ms = max(with_prompt_ms[0], turns_ms)
+        return step_ms * self._factor(pipeline, tensor)
 
-    def prefill_ms(self, pipeline: int, tensor: int, num_layers: int | None = None) -> float:
-        """A typical prompt through all stages, or through `num_layers` layers of them."""
-        layers = self.model.num_layers if num_layers is None else num_layers
-        per_token_ms = self.profile.prefill_layer_ms_per_token * layers / tensor
-        reduce_ms = self._all_reduce_ms(tensor) * ALL_REDUCES_PER_LAYER * layers
-        return self.workload.prompt_tokens * per_token_ms + reduce_ms + self.profile.stage_hop_ms * (pipeline - 1)
+    def decode_step_ms(self, pipeline: int, tensor: int, num_sequences: int) -> float:
+        """Until every one of `num_sequences` of one pipeline has its next token, halfway through typical requests."""
+        context_tokens = self.workload.prompt_tokens + self.workload.output_tokens / 2
+        return self.step_ms(pipeline, tensor, num_decoding=num_sequences, context_tokens=context_tokens)
+
+    def prefill_ms(self, pipeline: int, tensor: int) -> float:
+        """A typical prompt alone, through all stages and the head."""
+        return self.step_ms(pipeline, tensor, num_decoding=0, prefill_tokens=math.ceil(self.workload.prompt_tokens))
+
+    def throughput_per_s(self, pipeline: int, tensor: int) -> float:
+        """Requests a second of one pipeline with full batches; 0 if the model does not fit."""
+        if self.num_kv_blocks(pipeline, tensor) == 0:
+            return 0.0
+        return float(self._completions_per_s(pipeline, tensor)[-1])
+
+    def latency_s(self, pipeline: int, tensor: int, arrivals_per_s: float) -> float:
+        """Of a typical request at one pipeline that is given `arrivals_per_s` Poisson arrivals: service and queueing
+        (`queueing` says which queue). Infinite if they exceed its throughput or the model does not fit.
+        """
+        if self.num_kv_blocks(pipeline, tensor) == 0:
+            return math.inf
+        completions = self._completions_per_s(pipeline, tensor)
+        return sum(mean_service_and_wait_s(completions, arrivals_per_s, self.workload.lengths_cv))
+
+    def service_s(self, pipeline: int, tensor: int, arrivals_per_s: float) -> float:
+        """As `latency_s`, without the time in the queue. Where the arrivals exceed the throughput: of full batches."""
+        if self.num_kv_blocks(pipeline, tensor) == 0:
+            return math.inf
+        completions = self._completions_per_s(pipeline, tensor)
+        if arrivals_per_s >= completions[-1]:
+            return len(completions) / float(completions[-1])
+        return mean_service_and_wait_s(completions, arrivals_per_s)[0]
 
     def estimate(self, data: int, pipeline: int, tensor: int) -> Estimate | None:
-        """None if the model does not fit."""
+        """Of `data` equal pipelines, each request going to one with room; None if the model does not fit."""
         if self.num_kv_blocks(pipeline, tensor) == 0:
             return None
-        batch = self.batch(pipeline, tensor)
-        throughput_per_s = data * self._throughput_per_s(pipeline, tensor, batch)
-        service_s = self._service_s(data, pipeline, tensor, batch)
-        load = self.workload.arrivals_per_s / throughput_per_s
-        # Mean wait of a queue with random arrivals and equal service times.
-        wait_s = load / (2 * throughput_per_s * (1 - load)) if load < 1 else math.inf
+        completions = self._completions_per_s(pipeline, tensor)
+        arrivals_per_s = self.workload.arrivals_per_s / data
+        service_s, wait_s = mean_service_and_wait_s(completions, arrivals_per_s, self.workload.lengths_cv)
+        load = arrivals_per_s / float(completions[-1])
+        latency_s = service_s + pooled_wait_s(wait_s, load, data) if load < 1 else math.inf
         return Estimate(
-            config=ParallelConfig(data=data, pipeline=pipeline, tensor=tensor, max_batch=batch),
-            latency_s=service_s + wait_s,
-            service_s=service_s,
-            throughput_per_s=throughput_per_s,
+            config=ParallelConfig(data=data, pipeline=pipeline, tensor=tensor, max_batch=self.batch(pipeline, tensor)),
+            latency_s=latency_s,
+            service_s=self.service_s(pipeline, tensor, arrivals_per_s),
+            throughput_per_s=data * float(completions[-1]),
         )
 
-    def _service_s(self, data: int, pipeline: int, tensor: int, batch: int) -> float:
-        prefill_ms, num_sequences, service_s = self.prefill_ms(pipeline, tensor), 1, 0.0
-        for _ in range(4):  # Little's law: the latency decides how many decode at once, which decides the latency
-            step_ms = self.decode_step_ms(pipeline, tensor, num_sequences)
-            service_s = (prefill_ms + self.workload.output_tokens * step_ms) / 1000
-            concurrency = self.workload.arrivals_per_s / data * service_s
-            num_sequences = max(1, min(batch, math.ceil(concurrency)))
-        return service_s
+    def _completions_per_s(self, pipeline: int, tensor: int) -> NDArray[np.float64]:
+        """Requests a second of one pipeline with n = 1 .. batch sequences in service."""
+        key = (pipeline, tensor)
+        if key not in self._completions:
+            self._completions[key] = self._compute_completions(pipeline, tensor)
+        return self._completions[key]
 
-    def _throughput_per_s(self, pipeline: int, tensor: int, batch: int) -> float:
-        most_layers = max(last - first + 1 for first, last in self.stages(pipeline))
-        prefill_ms = self.prefill_ms(pipeline, tensor, most_layers)
-        decode_ms = self.workload.output_tokens * self.decode_step_ms(pipeline, tensor, batch) / batch
-        return 1000 / max(prefill_ms + decode_ms, 1e-6)
+    def _compute_completions(self, pipeline: int, tensor: int) -> NDArray[np.float64]:
+        num = np.arange(1, self.batch(pipeline, tensor) + 1, dtype=np.float64)
+        # Steps are piecewise linear in the number of sequences: computed where the slope changes.
+        sizes = self.profile.of_degree(tensor).batch_sizes
+        knots = sorted({1, pipeline, *(pipeline * size for size in sizes), len(num)})
+        knots = [n for n in knots if n <= len(num)]
+        step_ms = np.interp(num, knots, [self.decode_step_ms(pipeline, tensor, n) for n in knots])
+        decode_ms = max(1.0, self.workload.output_tokens) * step_ms / num
+        prompt_ms = max(0.0, self.prefill_ms(pipeline, tensor) - self.step_ms(pipeline, tensor, num_decoding=1))
+        # A prompt holds up all micro-batches, as they follow each other round; those of the same round overlap.
+        per_round = num / max(1.0, self.workload.output_tokens)
+        num_micro_batches = np.minimum(pipeline, num)
+        alone = -np.expm1(-per_round) / per_round
+        overlap = 1 / num_micro_batches + (1 - 1 / num_micro_batches) * alone
+        return 1000 / np.maximum(prompt_ms * overlap + decode_ms, 1e-6)
 
-    def _stage_ms(self, pipeline: int, tensor: int, batch: int) -> list[float]:
-        reduce_ms = self._all_reduce_ms(tensor)
-        layer_ms = self._layer_ms(batch) / tensor + ALL_REDUCES_PER_LAYER * reduce_ms
-        times_ms = [(last - first + 1) * layer_ms for first, last in self.stages(pipeline)]
-        times_ms[-1] += self._head_ms(batch) / tensor + reduce_ms
-        return times_ms
+    def _through_ms(self, pipeline: int, layer_ms: float, head_ms: float, hop_ms: float) -> tuple[float, float]:
+        """Of one micro-batch: its way through all stages, and its turn at the slowest stage."""
+        split = self._split(pipeline)
+        if pipeline == 1:
+            hop_ms = 0.0
+        slowest_ms = max(split.most_layers * layer_ms, split.last_layers * layer_ms + head_ms) + hop_ms
+        return split.num_layers * layer_ms + head_ms + hop_ms * (pipeline - 1), slowest_ms
 
-    def _all_reduce_ms(self, tensor: int) -> float:
-        # Measured on CPU: 1.2 ms among two ranks, 3 ms among three.
-        return self.profile.all_reduce_ms * (tensor - 1)
+    def _with_prompt_ms(
+        self, pipeline: int, tensor: int, micro_batch: float, layer_ms: float, tokens: float
+    ) -> tuple[float, float]:
+        """As `_through_ms`, of a micro-batch with `tokens` prompt tokens beside its decodes (`layer_ms` a layer)."""
+        profile = self.profile
+        prompts = tokens / profile.prompt_tokens
+        layer_ms += max(0.0, self._prefill_layer_ms(tensor, prompts) - self._decode_layer_ms(tensor, 1))
+        hop_ms = profile.decode_hop_ms + max(0.0, profile.prefill_hop_ms - profile.decode_hop_ms) * prompts
+        return self._through_ms(pipeline, layer_ms, self._head_ms(tensor, micro_batch), hop_ms)
 
-    def _layer_ms(self, batch: int) -> float:
-        return interpolate(tuple(self.profile.batch_sizes), tuple(self.profile.decode_layer_ms), batch)
+    def _split(self, pipeline: int) -> _Split:
+        if pipeline not in self._splits:
+            sizes = [last - first + 1 for first, last in self.stages(pipeline)]
+            self._splits[pipeline] = _Split(sum(sizes), max(sizes[:-1], default=0), sizes[-1])
+        return self._splits[pipeline]
 
-    def _head_ms(self, batch: int) -> float:
-        return interpolate(tuple(self.profile.batch_sizes), tuple(self.profile.decode_head_ms), batch)
+    def _prefill_layer_ms(self, tensor: int, prompts: float) -> float:
+        """From a decode step of one sequence (the weights are read, whatever the tokens) to the measured prompts."""
+        times = self.profile.of_degree(tensor)
+        if prompts < times.batch_sizes[0]:
+            least_ms = self._decode_layer_ms(tensor, 1)
+            return least_ms + (times.prefill_layer_ms[0] - least_ms) * prompts / times.batch_sizes[0]
+        return interpolate(times.batch_sizes, times.prefill_layer_ms, prompts)
+
+    def _decode_layer_ms(self, tensor: int, batch: float) -> float:
+        times = self.profile.of_degree(tensor)
+        return interpolate(times.batch_sizes, times.decode_layer_ms, batch)
+
+    def _head_ms(self, tensor: int, batch: float) -> float:
+        times = self.profile.of_degree(tensor)
+        if times.head_ms is not None:
+            return interpolate(times.batch_sizes, times.head_ms, batch)
+        return interpolate(self.profile.head_batch_sizes, self.profile.head_ms, batch)
+
+    def _factor(self, pipeline: int, tensor: int) -> float:
+        correction = self._corrections.factor(pipeline, tensor) if self._corrections is not None else 1.0
+        return self.profile.fix_factor * correction
 
 
-@lru_cache(maxsize=4096)
-def interpolate(xs: tuple[int, ...], ys: tuple[float, ...], x: float) -> float:
-    """Piecewise linear through (xs, ys), ascending xs; flat before the first, the last slope after the last."""
+def interpolate(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
+    """Piecewise linear through (xs, ys), ascending xs; flat before the first, and after the last the last slope, if
+    it rises.
+    """
     if len(xs) == 1 or x <= xs[0]:
         return ys[0]
-    right = next((index for index in range(1, len(xs)) if x <= xs[index]), len(xs) - 1)
+    right = min(bisect_left(xs, x), len(xs) - 1)
     slope = (ys[right] - ys[right - 1]) / (xs[right] - xs[right - 1])
-    return max(0.0, ys[right - 1] + slope * (x - xs[right - 1]))
+    if x > xs[-1]:
+        return ys[-1] + max(0.0, slope) * (x - xs[-1])
+    return ys[right - 1] + slope * (x - xs[right - 1])
 
 
 def guess_profile(model: ModelShape) -> StepProfile:
@@ -195,10 +361,16 @@ def guess_profile(model: ModelShape) -> StepProfile:
     )
 
 
-def _is_usable(profile: StepProfile) -> bool:
-    sizes = profile.batch_sizes
-    return (
-        len(sizes) == len(profile.decode_layer_ms) == len(profile.decode_head_ms) > 0
-        and all(left < right for left, right in pairwise(sizes))
-        and min(*profile.decode_layer_ms, profile.transfer_bytes_per_s) > 0
-    )
+def _usable_profile(model: ModelShape, profile: Profile | StepProfile | None) -> Profile:
+    if isinstance(profile, Profile):
+        check_profile(profile, profile.name)
+        if profile.num_layers != model.num_layers:
+            reason = f"{profile.num_layers}, but {model.name} has {model.num_layers}"
+            raise ProfileError(profile.name, "num_layers", reason)
+        return profile
+    if profile is not None:
+        try:
+            return Profile.from_steps(profile, model)
+        except ProfileError:
+            pass  # An instance that measures nonsense must not stop the service.
+    return Profile.from_steps(guess_profile(model), model)

@@ -63,7 +63,9 @@ def test_target_below_what_memory_allows_gives_the_closest_that_fits(choose):
 
 def test_present_shape_stays_unless_another_is_clearly_better(choose, make_profile):
     # Two stages cost one hop of 0.01 ms: by far less than the least gain.
-    near = make_profile(stage_hop_ms=0.01, decode_layer_ms=[0.8, 1.6, 6.4], decode_head_ms=[0.01] * 3)
+    # Prompts are short of work, since they hold up all micro-batches of a pipeline.
+    times = {"decode_layer_ms": [0.8, 1.6, 6.4], "decode_head_ms": [0.01] * 3, "prefill_layer_ms_per_token": 0.001}
+    near = make_profile(stage_hop_ms=0.01, **times)
     assert shape(choose(2, profile=near, data=None)) == (2, 1, 1)
     kept = choose(2, profile=near, present=(2, 1))
     gains = {a.config.pipeline: a for a in kept.alternatives}

@@ -5,6 +5,7 @@ import msgspec
 import pytest
 
 from planner.core.cost_model import CostModel, Workload, guess_profile, interpolate
+from planner.core.profile import Profile
 
 MB = 1_000_000
 
@@ -26,7 +27,7 @@ def test_interpolation_follows_the_measured_points():
 
 
 def test_one_stage_step_is_layers_and_head(make_costs):
-    assert make_costs().decode_step_ms(1, 1, 1) == pytest.approx(30 * 0.8 + 6.0)
+    assert make_costs().step_ms(1, 1, num_decoding=1) == pytest.approx(30 * 0.8 + 6.0)
 
 
 def test_stages_add_hops_to_one_sequence_and_overlap_many(make_costs):
@@ -45,7 +46,7 @@ def test_tensor_shards_pay_for_all_reduces(make_costs, make_profile):
 
 def test_prefill_is_not_cheaper_with_more_micro_batches(make_costs):
     costs = make_costs()
-    assert costs.prefill_ms(1, 1) == pytest.approx(512 * 0.05 * 30)
+    assert costs.prefill_ms(1, 1) == pytest.approx(512 * 0.05 * 30 + 6.0)
     assert costs.prefill_ms(3, 1) > costs.prefill_ms(1, 1)
 
 
@@ -96,7 +97,7 @@ def test_unusable_profile_is_replaced_by_a_guess(make_model, make_profile):
     unusable: list[dict[str, Any]] = [{"batch_sizes": []}, {"decode_layer_ms": [1.0]}, {"transfer_bytes_per_s": 0.0}]
     for changes in unusable:
         costs = CostModel(make_model(), make_profile(**changes), 10**9, Workload(), 16)
-        assert costs.profile == guess_profile(make_model())
+        assert costs.profile == Profile.from_steps(guess_profile(make_model()), make_model())
 
 
 def test_guess_counts_a_tied_embedding_as_the_head(make_model):
