@@ -1,8 +1,9 @@
-"""Errors of the benchmarks.
+"""Errors of the benchmarks and of the simulator.
 
 BenchError
 +-- StackError     the stack did not start, or did not do in time what was waited for; says where its logs are
 +-- StreamError    a stream ended with an error, or without all its tokens
++-- InputError     what a simulation was given cannot be used; names file (or option), line and field
 """
 
 from __future__ import annotations
@@ -24,6 +25,34 @@ class StreamError(BenchError):
     def __init__(self, request_id: str, problem: str) -> None:
         super().__init__(f"stream {request_id or '(no id yet)'}: {problem}")
         self.request_id = request_id
+
+
+class InputError(BenchError):
+    """One line for the user. `source` is the file, or the option if it was given there; `line` counts from 1."""
+
+    def __init__(self, source: str, line: int | None, field: str | None, problem: str) -> None:
+        place = source if line is None else f"{source}, line {line}"
+        super().__init__(f"{place}: {problem}" if field is None else f"{place}: {field}: {problem}")
+        self.source = source
+        self.line = line
+        self.field = field
+        self.problem = problem
+
+
+class InputError(BenchError):
+    """`line` counts from 1."""
+
+    def __init__(self, path: Path | str, line: int | None, field: str, reason: str) -> None:
+        where = f"{path}, line {line}" if line is not None else str(path)
+        super().__init__(f"{where}: {field}: {reason}")
+        self.path = path
+        self.line = line
+        self.field = field
+        self.reason = reason
+
+
+class SimulationError(BenchError):
+    pass
 
 
 def _ends_of(logs: Path) -> str:
