@@ -1,6 +1,6 @@
 """Step times of one model on one device type, per layer: what the cost model computes with. All times in ms.
 
-The schema, as JSON (`encode_profile` writes it, `decode_profile` reads it; a field that has a default may be left out):
+The schema, as JSON (`profile_json` reads and writes it; a field that has a default may be left out):
 
     {"name": "GPT-20B on T4",       what it is, in error messages
      "num_layers": 44,              decoder layers of the model
@@ -39,7 +39,7 @@ CALIBRATED_TOKENS: Final = 64
 """Prompt and context of the engine's calibration."""
 
 
-class DegreeTimes(msgspec.Struct, frozen=True, kw_only=True):
+class DegreeTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One decoder layer on one rank of a tensor group; the lists go with `batch_sizes` (ascending)."""
 
     batch_sizes: list[int]
@@ -51,7 +51,7 @@ class DegreeTimes(msgspec.Struct, frozen=True, kw_only=True):
     """Embedding, output head and sampling at this degree; None: `Profile.head_ms`."""
 
 
-class Profile(msgspec.Struct, frozen=True, kw_only=True):
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     num_layers: int
     degrees: dict[int, DegreeTimes]
