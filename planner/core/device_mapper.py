@@ -1,72 +1,91 @@
 """Give each position of the new pipelines a rank, so that the most bytes of weights and KV stay where they are.
 
-Two levels. First, groups of ranks inside one instance against whole stages (a tensor group's traffic stays inside the
-instance): the best placing within each pair is the pair's weight. Then what is left, rank by rank. Both levels are
-maximum-weight matchings (`scipy.optimize.linear_sum_assignment`).
+Maximum-weight bipartite matching on two levels (SpotServe, section on device mapping): which ranks of an instance would
+take which shards of a stage is the inner matching; its optimum is what the pair (instance, stage) weighs in the outer
+one. A tensor group therefore stays inside an instance where it fits; one that is larger spans instances in blocks.
+
+With a tensor degree of 1, with one group to an instance, and for a few groups in all, the result is optimal. Where
+instances take several of many groups, which ranks go together is improved in turns with who takes what, until that
+gains nothing. Of pipelines with different tensor degrees the larger degree is served first.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations, pairwise
 from typing import Final
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from planner.core.fleet import Rank
-from planner.protocol import EMBEDDING_LAYER, ModelShape, Pipeline, UnitRange
+from planner.core.reuse import NO_HEIR, Position, RankByPosition, ReuseTable, SlotShape, held_units, positions_of
+from planner.protocol import ModelShape, Pipeline
 
-NOTICE_PENALTY: Final = 1e15
-"""More than any context: a rank under notice gets a position only when no other is left."""
+__all__ = [
+    "Position",
+    "RankByPosition",
+    "SlotShape",
+    "held_units",
+    "map_devices",
+    "positions_of",
+    "reusable_bytes",
+    "share_inheritance",
+]
 
-RankByPosition = NDArray[np.float64]
-"""Bytes: a row a rank, a column a position."""
-
-
-class Position(msgspec.Struct, frozen=True, kw_only=True):
-    """One shard of one stage of one new pipeline (`slot`: which of them)."""
-
-    slot: int
-    stage: int
-    shard: int
-    first_layer: int
-    last_layer: int
-    first_group: int
-    last_group: int
-
-
-def positions_of(stages: list[tuple[int, int]], tensor: int, num_groups: int, num_slots: int) -> list[Position]:
-    """All positions of `num_slots` equal pipelines, slot by slot, stage by stage, shard by shard."""
-    width = num_groups // tensor
-    return [
-        Position(
-            slot=slot,
-            stage=stage,
-            shard=shard,
-            first_layer=first,
-            last_layer=last,
-            first_group=shard * width,
-            last_group=(shard + 1) * width - 1,
-        )
-        for slot in range(num_slots)
-        for stage, (first, last) in enumerate(stages)
-        for shard in range(tensor)
-    ]
+MAX_ROUNDS: Final = 4
+"""Of improving the groups inside instances."""
+MAX_EXACT_BLOCKS: Final = 6
+MAX_EXACT_INSTANCES: Final = 16
+"""Up to so many groups and instances all ways to put several groups into an instance are tried."""
 
 
-def share_inheritance(retiring: Sequence[Pipeline], kv_tokens: dict[str, int], num_slots: int) -> list[list[str]]:
-    """Which retiring pipelines each new one takes over: most tokens first, evenly over the new ones."""
+def share_inheritance(
+    retiring: Sequence[Pipeline],
+    progress: Mapping[str, float],
+    num_slots: int,
+    room: Sequence[float] | None = None,
+) -> list[list[str]]:
+    """Which retiring pipelines each new one takes over: most progress first, to whoever has least of it.
+
+    `progress` by pipeline id, for instance in tokens of live KV. `room` is what each slot can hold of it: a pipeline
+    that finds no slot with room left is not handed on; its sequences go back to the queue with their log.
+    """
     inherits: list[list[str]] = [[] for _ in range(num_slots)]
-    tokens = [0] * num_slots
-    for pipeline in sorted(retiring, key=lambda p: (-kv_tokens.get(p.id, 0), p.id)):
-        if num_slots:
-            slot = min(range(num_slots), key=lambda s: (tokens[s], len(inherits[s]), s))
+    taken = [0.0] * num_slots
+    for pipeline in sorted(retiring, key=lambda p: (-progress.get(p.id, 0), p.id)):
+        open_slots = [slot for slot in range(num_slots) if room is None or taken[slot] < room[slot]]
+        if open_slots:
+            slot = min(open_slots, key=lambda s: (taken[s], len(inherits[s]), s))
             inherits[slot].append(pipeline.id)
-            tokens[slot] += kv_tokens.get(pipeline.id, 0)
+            taken[slot] += progress.get(pipeline.id, 0)
     return inherits
+
+
+def map_devices(
+    model: ModelShape,
+    ranks: Sequence[Rank],
+    slots: Sequence[SlotShape],
+    retiring: Sequence[Pipeline] = (),
+    inherits: Sequence[Sequence[str]] = (),
+) -> list[Rank]:
+    """The rank of each position, in the order of `positions_of(slots, ...)`.
+
+    `inherits`: by slot, the ids of those of `retiring` that it takes over; each in one slot. Ranks under notice get
+    positions only if the others do not suffice, and then only for tensor groups that these cannot form. Raises ValueError if there are fewer ranks than positions.
+    """
+    positions = positions_of(slots, model.num_head_groups)
+    if not positions:
+        return []
+    ready = [rank for rank in ranks if rank.deadline_s is None]
+    pool = ready if len(ready) >= len(positions) else list(ranks)
+    if len(pool) < len(positions):
+        raise ValueError(f"ranks: {len(pool)} for {len(positions)} positions")
+    mapping = _Mapping(pool, positions, ReuseTable(model, pool, positions, retiring, inherits))
+    rank_of = mapping.solve()
+    return [pool[rank_of[index]] for index in range(len(positions))]
 
 
 def reusable_bytes(
@@ -77,99 +96,170 @@ def reusable_bytes(
     inherits: Sequence[Sequence[str]] = (),
 ) -> RankByPosition:
     """Bytes of weights, and of KV that the position's pipeline inherits, that each rank holds for each position."""
-    needed = np.stack([_needed(model, position) for position in positions])
-    held = np.stack([held_units(model, rank.inventory.units) for rank in ranks])
-    weights: RankByPosition = (held * _unit_bytes(model)) @ needed.T
-    for pipeline in retiring:
-        kv = np.stack([_kv_units(model, rank, pipeline) for rank in ranks])
-        inheriting = np.array([bool(inherits) and pipeline.id in inherits[p.slot] for p in positions])
-        weights += (kv @ needed.T) * inheriting
-    return weights
+    table = ReuseTable(model, ranks, positions, retiring, inherits)
+    return table.bytes_between(range(len(ranks)), range(len(positions)))
 
 
-def assign(ranks: Sequence[Rank], positions: Sequence[Position], weights: RankByPosition) -> list[Rank]:
-    """The rank of each position, in the order of `positions`.
+class _Mapping:
+    """Ranks and positions are indices; a block is the part of a stage that one instance takes."""
 
-    Raises ValueError if there are fewer ranks than positions.
-    """
-    if len(ranks) < len(positions):
-        raise ValueError(f"ranks: {len(ranks)} for {len(positions)} positions")
-    under_notice = np.array([rank.deadline_s is not None for rank in ranks])
-    weights = weights - NOTICE_PENALTY * under_notice[:, None]
-    rank_of: dict[int, int] = {}
-    if any(position.shard > 0 for position in positions):
-        rank_of = _assign_groups(ranks, positions, weights)
-    free_ranks = [index for index in range(len(ranks)) if index not in rank_of.values()]
-    free_positions = [index for index in range(len(positions)) if index not in rank_of]
-    rows, columns = linear_sum_assignment(weights[np.ix_(free_ranks, free_positions)], maximize=True)
-    for row, column in zip(rows, columns, strict=True):
-        rank_of[free_positions[column]] = free_ranks[row]
-    return [ranks[rank_of[index]] for index in range(len(positions))]
+    def __init__(self, pool: Sequence[Rank], positions: Sequence[Position], table: ReuseTable) -> None:
+        self._table = table
+        self._under_notice = np.array([rank.deadline_s is not None for rank in pool])
+        # More than all context together: one rank more under notice is never worth the bytes that it holds.
+        self._penalty = 1.0 + table.most_bytes() if self._under_notice.any() else 0.0
+        self._free: dict[str, list[int]] = defaultdict(list)
+        for index in sorted(range(len(pool)), key=lambda index: (*_likeness(pool[index]), index)):
+            self._free[pool[index].instance].append(index)
+        self._instance_of = [rank.instance for rank in pool]
+        stages: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, position in enumerate(positions):
+            stages[position.slot, position.stage].append(index)
+        self._blocks = list(stages.values())
+        self._rank_of: dict[int, int] = {}
+
+    def solve(self) -> dict[int, int]:
+        """Position -> rank. The largest blocks first: smaller ones fit in between."""
+        while self._blocks:
+            room = max(map(len, self._free.values()))
+            self._blocks = [part for block in self._blocks for part in _chunks(block, -(-len(block) // room))]
+            size = max(map(len, self._blocks))
+            self._place([block for block in self._blocks if len(block) == size], size)
+            self._blocks = [block for block in self._blocks if block[0] not in self._rank_of]
+        return self._rank_of
+
+    def _place(self, blocks: list[list[int]], size: int) -> None:
+        """Give ranks to as many of `blocks` as there is room for."""
+        clusters = [part for ranks in self._free.values() for part in _chunks(ranks, len(ranks) // size)]
+        roomy = [ranks for ranks in self._free.values() if len(ranks) >= size]
+        if size == 1 or len(clusters) == len(roomy):
+            rank_of = self._match(clusters, blocks)
+        elif len(blocks) <= MAX_EXACT_BLOCKS and len(roomy) <= MAX_EXACT_INSTANCES:
+            rank_of = self._try_all(roomy, blocks, size)
+        else:
+            whole = [ranks for ranks in roomy for _ in range(len(ranks) // size)]
+            starts = [self._match(clusters, blocks), self._match(whole, blocks)]
+            rank_of = max((self._improve(start, blocks, size) for start in starts), key=self._value)
+        self._rank_of |= rank_of
+        taken = set(rank_of.values())
+        self._free = {name: [rank for rank in ranks if rank not in taken] for name, ranks in self._free.items()}
+
+    def _try_all(self, instances: list[list[int]], blocks: list[list[int]], size: int) -> dict[int, int]:
+        """Instance by instance, any of the blocks that are left; of equal sets of placed blocks the best is kept."""
+        best: dict[frozenset[int], tuple[float, dict[int, int]]] = {frozenset(): (0.0, {})}
+        for ranks in instances:
+            longer = dict(best)
+            for number in range(1, len(ranks) // size + 1):
+                for subset in combinations(range(len(blocks)), number):
+                    positions = [position for index in subset for position in blocks[index]]
+                    weights = self._bytes(ranks, positions)
+                    pairs = _best(weights)
+                    value = sum(float(weights[pair]) for pair in pairs)
+                    part = {positions[column]: ranks[row] for row, column in pairs}
+                    for placed, (value_before, before) in best.items():
+                        together = placed.union(subset)
+                        is_new = together not in longer or value + value_before > longer[together][0]
+                        if placed.isdisjoint(subset) and is_new:
+                            longer[together] = (value + value_before, before | part)
+            best = longer
+        return best[max(best, key=lambda placed: (len(placed), best[placed][0]))][1]
+
+    def _improve(self, rank_of: dict[int, int], blocks: list[list[int]], size: int) -> dict[int, int]:
+        for _ in range(MAX_ROUNDS):
+            better = self._match(self._regroup(rank_of, blocks, size), blocks)
+            if self._value(better) <= self._value(rank_of):
+                break
+            rank_of = better
+        return rank_of
+
+    def _match(self, clusters: list[list[int]], blocks: list[list[int]]) -> dict[int, int]:
+        rows, columns = linear_sum_assignment(self._pair_bytes(clusters, blocks), maximize=True)
+        rank_of: dict[int, int] = {}
+        members: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for row, column in zip(rows, columns, strict=True):
+            ranks, positions = members[self._instance_of[clusters[row][0]]]
+            ranks += clusters[row]
+            positions += blocks[column]
+        for name, (_, positions) in members.items():
+            if len(blocks[0]) == 1:
+                rank_of |= dict(zip(positions, members[name][0], strict=True))
+            else:  # All of the instance's ranks together: what was one cluster's may be better used in another.
+                ranks = self._free[name]
+                weights = self._bytes(ranks, positions)
+                rank_of |= {positions[c]: ranks[r] for r, c in _best(weights)}
+        return rank_of
+
+    def _regroup(self, rank_of: Mapping[int, int], blocks: list[list[int]], size: int) -> list[list[int]]:
+        """Clusters of those that serve a block together, and of the others of each instance."""
+        together = [[rank_of[position] for position in block] for block in blocks if block[0] in rank_of]
+        taken = set(rank_of.values())
+        others = ([rank for rank in ranks if rank not in taken] for ranks in self._free.values())
+        return together + [part for ranks in others for part in _chunks(ranks, len(ranks) // size)]
+
+    def _pair_bytes(self, clusters: list[list[int]], blocks: list[list[int]]) -> RankByPosition:
+        """The best inner matching of each pair; equal pairs are computed once."""
+        if len(blocks[0]) == 1:
+            singles = [position for [position] in blocks]
+            return self._bytes([rank for [rank] in clusters], singles)
+        table = self._table
+        cluster_kind, cluster_kinds = _kinds(tuple(sorted(table.holding_of[cluster].tolist())) for cluster in clusters)
+        block_kind, block_kinds = _kinds(tuple(table.need_of[block].tolist()) for block in blocks)
+        by_kind = np.array(
+            [
+                [_best_sum(table.weight_bytes_between(holdings, needs)) for needs in block_kinds]
+                for holdings in cluster_kinds
+            ]
+        )
+        pairs: RankByPosition = by_kind[np.ix_(cluster_kind, block_kind)]
+        self._count_kv(pairs, clusters, blocks)
+        notices = self._under_notice[[cluster[0] for cluster in clusters]]
+        result: RankByPosition = pairs - self._penalty * len(blocks[0]) * notices[:, None]
+        return result
+
+    def _count_kv(self, pairs: RankByPosition, clusters: list[list[int]], blocks: list[list[int]]) -> None:
+        """Compute the pairs anew in which ranks hold KV that the block's pipeline inherits."""
+        blocks_of: dict[int, list[int]] = defaultdict(list)
+        for column, block in enumerate(blocks):
+            blocks_of[int(self._table.slot_of[block[0]])].append(column)
+        for row, cluster in enumerate(clusters):
+            for heir in set(self._table.heir_of[cluster].tolist()) - {NO_HEIR}:
+                for column in blocks_of[heir]:
+                    pairs[row, column] = _best_sum(self._table.bytes_between(cluster, blocks[column]))
+
+    def _bytes(self, ranks: Sequence[int], positions: Sequence[int]) -> RankByPosition:
+        weights = self._table.bytes_between(ranks, positions)
+        if self._penalty:
+            weights = weights - self._penalty * self._under_notice[list(ranks)][:, None]
+        return weights
+
+    def _value(self, rank_of: Mapping[int, int]) -> float:
+        ranks = list(rank_of.values())
+        num_under_notice = float(self._under_notice[ranks].sum())
+        return self._table.bytes_of_pairs(ranks, list(rank_of)) - self._penalty * num_under_notice
 
 
-def _assign_groups(ranks: Sequence[Rank], positions: Sequence[Position], weights: RankByPosition) -> dict[int, int]:
-    """Position -> rank for the stages that whole groups of co-located ranks can take."""
-    stages: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, position in enumerate(positions):
-        stages[position.slot, position.stage].append(index)
-    tensor = max(position.shard for position in positions) + 1
-    by_instance: dict[str, list[int]] = defaultdict(list)
-    for index, rank in enumerate(ranks):
-        by_instance[rank.instance].append(index)
-    groups = [
-        members[start : start + tensor]
-        for members in by_instance.values()
-        for start in range(0, len(members) - tensor + 1, tensor)
-    ]
-    if not groups:
-        return {}
-    best = {}
-    pair_weights = np.zeros((len(groups), len(stages)))
-    for row, group in enumerate(groups):
-        for column, members in enumerate(stages.values()):
-            inner = weights[np.ix_(group, members)]
-            rows, columns = linear_sum_assignment(inner, maximize=True)
-            pair_weights[row, column] = inner[rows, columns].sum()
-            best[row, column] = {members[c]: group[r] for r, c in zip(rows, columns, strict=True)}
-    rank_of: dict[int, int] = {}
-    pairs = zip(*linear_sum_assignment(pair_weights, maximize=True), strict=True)
-    for pair_row, pair_column in pairs:
-        rank_of |= best[int(pair_row), int(pair_column)]
-    return rank_of
+def _likeness(rank: Rank) -> tuple[str, int]:
+    """Ranks that were one tensor group sort together."""
+    units = rank.inventory.units
+    return rank.inventory.pipeline or "", units[0].first_layer if units else 0
 
 
-# --- Units as vectors: U = (num_layers + 2) * num_head_groups, embedding first, head last ---
+def _best(weights: RankByPosition) -> list[tuple[int, int]]:
+    rows, columns = linear_sum_assignment(weights, maximize=True)
+    return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 
-def held_units(model: ModelShape, ranges: Sequence[UnitRange]) -> NDArray[np.bool_]:
-    """Vector over all units of the model; parts of a range outside the model are ignored."""
-    grid = np.zeros((model.num_layers + 2, model.num_head_groups), dtype=np.bool_)
-    for r in ranges:
-        first = max(r.first_layer, EMBEDDING_LAYER) + 1
-        grid[first : r.last_layer + 2, max(r.first_group, 0) : r.last_group + 1] = True
-    return grid.ravel()
+def _best_sum(weights: RankByPosition) -> float:
+    return float(weights[linear_sum_assignment(weights, maximize=True)].sum())
 
 
-def _needed(model: ModelShape, position: Position) -> NDArray[np.float64]:
-    grid = np.zeros((model.num_layers + 2, model.num_head_groups))
-    layers = [layer + 1 for layer in model.layers_of_stage(position.first_layer, position.last_layer)]
-    grid[layers, position.first_group : position.last_group + 1] = 1.0
-    return grid.ravel()
+def _chunks(items: list[int], num_parts: int) -> list[list[int]]:
+    """`items` in `num_parts` runs of nearly the same length; nothing for 0 parts."""
+    bounds = [len(items) * index // num_parts for index in range(num_parts + 1)] if num_parts else []
+    return [items[first:last] for first, last in pairwise(bounds)]
 
 
-def _unit_bytes(model: ModelShape) -> NDArray[np.float64]:
-    by_layer = [float(model.unit_bytes(layer)) for layer in range(EMBEDDING_LAYER, model.num_layers + 1)]
-    return np.repeat(by_layer, model.num_head_groups)
-
-
-def _kv_units(model: ModelShape, rank: Rank, pipeline: Pipeline) -> NDArray[np.float64]:
-    """Bytes of KV in each unit that `rank` holds as a member of `pipeline`."""
-    grid = np.zeros((model.num_layers + 2, model.num_head_groups))
-    for stage in pipeline.stages:
-        for shard in stage.shards:
-            if shard.rank == rank.id:
-                rows = slice(stage.first_layer + 1, stage.last_layer + 2)
-                grid[rows, shard.first_group : shard.last_group + 1] = (
-                    model.kv_unit_bytes_per_token * rank.inventory.kv_tokens
-                )
-    return grid.ravel()
+def _kinds(keys: Iterable[tuple[int, ...]]) -> tuple[NDArray[np.int64], list[tuple[int, ...]]]:
+    numbers: dict[tuple[int, ...], int] = {}
+    members = [numbers.setdefault(key, len(numbers)) for key in keys]
+    return np.array(members, dtype=np.int64), list(numbers)

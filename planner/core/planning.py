@@ -8,7 +8,7 @@ import msgspec
 
 from planner.core.config_optimizer import Choice, Targets, choose_config
 from planner.core.cost_model import CostModel, Workload
-from planner.core.device_mapper import Position, assign, positions_of, reusable_bytes, share_inheritance
+from planner.core.device_mapper import Position, SlotShape, map_devices, positions_of, share_inheritance
 from planner.core.fleet import Rank
 from planner.core.migration_planner import (
     kv_migration_s,
@@ -209,10 +209,9 @@ def _new_pipelines(situation: Situation, layout: Layout, retiring: list[Pipeline
         return []
     kv_tokens = {p.id: _kv_tokens(p, situation.ranks) for p in retiring}
     inherits = share_inheritance(retiring, kv_tokens, layout.num_new)
-    num_groups = situation.model.num_head_groups
-    positions = positions_of(layout.stages, layout.config.tensor, num_groups, layout.num_new)
-    weights = reusable_bytes(situation.model, layout.pool, positions, retiring, inherits)
-    ranks = assign(layout.pool, positions, weights)
+    slots = [SlotShape(tuple(layout.stages), layout.config.tensor)] * layout.num_new
+    positions = positions_of(slots, situation.model.num_head_groups)
+    ranks = map_devices(situation.model, layout.pool, slots, retiring, inherits)
     return [
         Pipeline(
             id=f"p{first_number + slot}",
