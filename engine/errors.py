@@ -5,6 +5,7 @@ EngineError
 +-- ProtocolError           an operation that the present state does not allow
 |   +-- TransitionError     an event that a sequence's state does not know; names both
 |   +-- BlockError          a KV block is shared or freed that nobody owns; names it
++-- GrammarError            a grammar cannot be compiled, or not be followed any further; says why
 +-- PipelineBroken          a member of the pipeline died or was told to give up
 +-- TransferError           context could not be fetched from a holder; names holder and unit
 |   +-- CorruptTransfer     it arrived, but its checksum or size is wrong
@@ -47,6 +48,10 @@ class BlockError(ProtocolError):
         self.action = action
         self.block = block
         self.num_refs = num_refs
+
+
+class GrammarError(EngineError):
+    """The output cannot be held to a request's grammar."""
 
 
 class PipelineBroken(EngineError):

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+import msgspec
+
 from planner.protocol import Message, ModelShape, RankInventory, StepProfile, Wire
 
 
 class SamplingParams(Wire, frozen=True, kw_only=True):
-    """How the next token is chosen. Order: bans -> temperature -> top_k -> top_p -> min_p -> draw.
+    """How the next token is chosen; defaults are off.
 
-    The draw at (seed, choice, index) depends on nothing else.
+    Order, as in vLLM: grammar -> min_tokens, logit_bias -> penalties -> temperature -> min_p -> top_k -> top_p -> draw.
+    Each is a function of these parameters, the prompt ids and the ids so far, and the draw of (seed, choice, index):
+    a resume rebuilds everything from the committed ids. Logprobs are those of the model's own distribution: before
+    all of this.
     """
 
     max_tokens: int
+    """0 only with `prompt_logprobs`: the prompt is scored, and the log ends with no token ("length")."""
     min_tokens: int = 0
+    """Before so many, end-of-sequence and stop tokens are ruled out, unless the grammar allows nothing else."""
     temperature: float = 1.0
     """Below 1e-5: greedy."""
     top_p: float = 1.0
@@ -28,8 +35,26 @@ class SamplingParams(Wire, frozen=True, kw_only=True):
     seed: int = 0
     """Always set: the gateway draws one where the client gave none."""
     ignore_eos: bool = False
+    """With a grammar: go on for as long as the grammar allows anything else than to end."""
     eos_token_ids: list[int] = []
     stop_token_ids: list[int] = []
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each generated token."""
+    frequency_penalty: float = 0.0
+    """Subtracted for each time that a token was generated."""
+    repetition_penalty: float = 1.0
+    """Of tokens in prompt or output: a positive logit is divided by it, a negative one multiplied."""
+    logit_bias: dict[int, float] = {}
+    """Added to a token's logit; -100 and below rule it out."""
+    logprobs: int | None = None
+    """With each token its logprob, and so many of the likeliest tokens (0: none)."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens; once, with the first entry (`TokenEntry.prompt_logprobs`)."""
+    grammar: str | None = None
+    """What the output must match, as `llguidance.LLMatcher` takes it: Lark, or JSON from its `grammar_from_*`.
+
+    Needs `eos_token_ids`: one of them ends the output, and only where the grammar may end.
+    """
 
 
 class KvHolder(Wire, frozen=True, kw_only=True):
@@ -93,6 +118,8 @@ class CancelRequest(Message, frozen=True, kw_only=True):
     """`pipeline.<id>.cancel`: all choices of a request; no reply."""
 
     request_id: str
+    attempt: int | None = None
+    """Only if it runs there as this attempt or an older one; None: whatever runs."""
 
 
 class ResendRequest(Message, frozen=True, kw_only=True):
@@ -135,6 +162,17 @@ class ResumeStats(Wire, frozen=True, kw_only=True):
     """From submission until the first new token."""
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """One token's place in the model's distribution: natural logarithms, before any bias, penalty or temperature."""
+
+    logprob: float
+    rank: int
+    """1: the likeliest."""
+    top_ids: list[int] = []
+    """The likeliest tokens, best first, as many as were asked for; the token itself may be missing."""
+    top_logprobs: list[float] = []
+
+
 class TokenEntry(Wire, frozen=True, kw_only=True):
     """New tokens of one sequence: `ids[0]` has index `index` (0 = first generated token of the choice)."""
 
@@ -148,6 +186,11 @@ class TokenEntry(Wire, frozen=True, kw_only=True):
     interruption: Interruption | None = None
     resume: ResumeStats | None = None
     cached_tokens: int = 0
+    """Prompt tokens whose KV was there already; in the first entry."""
+    logprobs: list[TokenLogprobs] | None = None
+    """Of `ids`, one each; None unless they were asked for."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """Of the prompt's ids, one each, None for the first; in the entry from index 0, if they were asked for."""
 
 
 class TokenFrame(Message, frozen=True, kw_only=True):

@@ -77,7 +77,7 @@ class Decoder:
         generated: list[list[int]] = [[] for _ in prompts]
         pieces, context = prompts, 0
         for index in range(new_tokens):
-            slices = [SequenceSlice(len(p), context, t, wants_logits=True) for p, t in zip(pieces, tables, strict=True)]
+            slices = [SequenceSlice(len(p), context, t, num_logits=1) for p, t in zip(pieces, tables, strict=True)]
             batch = StageBatch([token for piece in pieces for token in piece], slices)
             logits = self._model.forward(batch, None, pool)
             tokens = sample(logits, greedy, [0] * len(prompts), [index] * len(prompts))

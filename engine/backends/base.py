@@ -73,7 +73,8 @@ class LedPipeline(RunningPipeline, Protocol):
 
     async def submit(self, request: GenerateRequest) -> SubmitReply: ...
 
-    def cancel(self, request_id: str) -> None: ...
+    def cancel(self, request_id: str, attempt: int | None = None) -> None:
+        """All choices of a request; with `attempt` only those that run as it or as an older one."""
 
     async def resend(self, request_id: str, choice: int, from_index: int) -> TokenEntry | None:
         """The token log of a sequence from an index on; also after the pipeline has stopped."""
@@ -82,6 +83,9 @@ class LedPipeline(RunningPipeline, Protocol):
 
     def arrange(self, deadline_s: float | None, migration_s: float) -> None:
         """Stop at a token boundary, as late as the deadline allows (None: at the next one)."""
+
+    def carry_on(self) -> None:
+        """What `arrange` said does not hold any more; too late if it has stopped."""
 
     def is_draining(self) -> bool:
         """Told to stop, or stopped."""

@@ -20,6 +20,7 @@ from engine.core.scheduler_types import (
     PullOrder,
     SchedulerLimits,
     Step,
+    StepExtras,
     StepSlice,
 )
 from engine.core.sequence import Event, Sequence, SequenceKey, State, invalid_field
@@ -33,6 +34,7 @@ from engine.protocol import (
     RejectReason,
     SubmitReply,
     TokenEntry,
+    TokenLogprobs,
 )
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "SchedulerLimits",
     "SequenceKey",
     "Step",
+    "StepExtras",
     "StepSlice",
 ]
 
@@ -51,6 +54,9 @@ WAITING_PER_SLOT = 4
 ENDED_KEPT = 512
 ENDED_KEPT_S = 120.0
 STORY_EVENTS = 64
+SCORED_ROWS = 64
+"""Prompt rows of one step for which all logits go to the leader."""
+NO_EXTRAS = StepExtras()
 
 
 class Scheduler:
@@ -109,11 +115,16 @@ class Scheduler:
             self._outbox.append(self._end(sequence))
         return SubmitReply(accepted=True)
 
-    def cancel(self, request_id: str, now_s: float) -> list[OutEntry]:
-        """End all choices of a request. Parked ones belong to another pipeline now and end without an entry."""
+    def cancel(self, request_id: str, now_s: float, attempt: int | None = None) -> list[OutEntry]:
+        """End all choices of a request, or those that run as `attempt` or an older one.
+
+        Parked ones belong to another pipeline now and end without an entry.
+        """
         self._now_s = now_s
         out = []
         for sequence in [s for s in self._sequences.values() if s.key.request_id == request_id]:
+            if attempt is not None and sequence.request.attempt > attempt:
+                continue
             parked = sequence.state is State.PARKED
             if not parked:
                 sequence.finish = FinishReason.CANCELLED
@@ -130,7 +141,7 @@ class Scheduler:
         """What is known of a live, parked or lately ended sequence from `from_index` on; None if nothing is."""
         key = SequenceKey(request_id, choice)
         sequence = self._sequences.get(key) or self._ended.get(key)
-        if sequence is None or not 0 <= from_index <= sequence.num_committed:
+        if sequence is None or not sequence.num_without_logprobs <= from_index <= sequence.num_committed:
             return None
         return sequence.entry(from_index)
 
@@ -164,7 +175,8 @@ class Scheduler:
         for sequence in self._by_urgency():
             if not num_rows_left or not num_slices_left:
                 break
-            num_rows = min(num_rows_left, sequence.num_to_feed)
+            most_rows = min(num_rows_left, SCORED_ROWS) if sequence.scores_prompt else num_rows_left
+            num_rows = min(most_rows, sequence.num_to_feed)
             # One that was evicted for another in this loop is not ready any more.
             if sequence.key in self._ready and self._grow(sequence, sequence.num_computed + num_rows):
                 in_flight.append((self._slice(sequence, num_rows), sequence))
@@ -180,7 +192,7 @@ class Scheduler:
         self._tell("schedule", self._num_steps, *(s.key for _, s in in_flight))
         return Step(self._num_steps, [slice_ for slice_, _ in in_flight])
 
-    def commit(self, step_id: int, sampled: list[int], now_s: float) -> list[OutEntry]:
+    def commit(self, step_id: int, sampled: list[int], now_s: float, extras: StepExtras = NO_EXTRAS) -> list[OutEntry]:
         """A step has run: one sampled id for each slice with `samples`, in order. Steps may return in any order.
 
         Raises ProtocolError, with no change, for a step that is not in flight or a wrong number of ids.
@@ -198,8 +210,13 @@ class Scheduler:
             token_id = next(ids) if slice_.samples else None
             if self._came_back(sequence):
                 sequence.num_computed += len(slice_.token_ids)
-                if token_id is not None:
-                    out.append(self._append(sequence, token_id))
+                if slice_.num_logits and sequence.scores_prompt:
+                    sequence.prompt_logprobs += extras.prompt_logprobs.get(sequence.key, [])
+                if sequence.key in extras.errors:
+                    sequence.finish, sequence.error = FinishReason.ERROR, extras.errors[sequence.key]
+                    out.append(self._end(sequence))
+                elif token_id is not None:
+                    out.append(self._append(sequence, token_id, extras.logprobs.get(sequence.key)))
         return out
 
     def abort_steps(self) -> None:
@@ -339,7 +356,7 @@ class Scheduler:
                 RejectReason.TOO_LONG, f"prompt_ids: {num_prompt} of at most {limits.max_model_len - 1} tokens"
             )
         # Alone in the pool it must be able to come to its end; the last token is never fed.
-        num_tokens = min(num_prompt + request.sampling.max_tokens, limits.max_model_len) - 1
+        num_tokens = min(num_prompt + max(request.sampling.max_tokens, 1), limits.max_model_len) - 1
         if self._blocks.blocks_for(num_tokens) > limits.num_blocks:
             room = limits.num_blocks * limits.block_tokens
             return _refuse(RejectReason.TOO_LONG, f"KV of {num_tokens} tokens; the pool holds {room}")
@@ -376,6 +393,8 @@ class Scheduler:
         source = self._worth_pulling(sequence)
         sequence.kv_source = source
         self._tell("admit", sequence.key, "recompute" if source is None else source.num_tokens)
+        if sequence.scores_prompt:
+            sequence.prompt_logprobs = [None]
         if source is None:
             sequence.apply(Event.START)
             self._ready[sequence.key] = sequence
@@ -386,6 +405,8 @@ class Scheduler:
     def _worth_pulling(self, sequence: Sequence) -> KvSource | None:
         """The part of its KV source that is worth pulling: at least the last token must be fed, for its logits."""
         source, num_needed = sequence.kv_source, len(sequence.tokens) - 1
+        if sequence.scores_prompt:
+            return None  # Its KV does not give the logits of the prompt.
         if source is None or not self.cost.pull_is_sooner(source.num_tokens, num_needed):
             return None
         num_tokens = min(source.num_tokens, num_needed)
@@ -442,8 +463,10 @@ class Scheduler:
             context_tokens=first,
             blocks=sequence.blocks[: self._blocks.blocks_for(last)],
             samples=last == len(sequence.tokens),
+            num_logits=num_rows if sequence.scores_prompt else int(last == len(sequence.tokens)),
             sampling=sequence.request.sampling,
-            index=sequence.num_committed,
+            tokens=sequence.tokens,
+            num_prompt_tokens=len(sequence.request.prompt_ids),
         )
 
     def _came_back(self, sequence: Sequence) -> bool:
@@ -455,12 +478,17 @@ class Scheduler:
         self._ready[sequence.key] = sequence
         return True
 
-    def _append(self, sequence: Sequence, token_id: int) -> OutEntry:
+    def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> OutEntry:
         index = sequence.num_committed
-        sequence.tokens.append(token_id)
+        if sequence.request.sampling.max_tokens:
+            sequence.tokens.append(token_id)
+            if logprobs is not None:
+                sequence.logprobs.append(logprobs)
+            sequence.finish = sequence.finish_reason(self.limits.max_model_len)
+        else:
+            sequence.finish = FinishReason.LENGTH  # The prompt was to be scored, and nothing more.
         resume = sequence.resume_stats(self._now_s) if sequence.resumes else None
         sequence.resumes = False
-        sequence.finish = sequence.finish_reason(self.limits.max_model_len)
         if sequence.finish is not None:
             self._end(sequence)
         return OutEntry(sequence.request.gateway, sequence.entry(index, resume))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.core.sequence import SequenceKey
-from engine.protocol import KvSource, SamplingParams, TokenEntry
+from engine.protocol import KvSource, SamplingParams, TokenEntry, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +70,43 @@ class StepSlice:
     """Block table that covers the context and these rows."""
     samples: bool
     """The last row yields a token."""
+    num_logits: int
+    """Of the last rows: 1 if it samples; all rows while the prompt is scored."""
     sampling: SamplingParams
-    index: int
-    """Of the token to be sampled: 0 = first generated token of the choice."""
+    tokens: list[int]
+    """Prompt and output so far; the sequence's own list, which stays as it is while the step is in flight."""
+    num_prompt_tokens: int
+
+    @property
+    def index(self) -> int:
+        """Of the token to be sampled: 0 = first generated token of the choice."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def scored_ids(self) -> list[int]:
+        """Prompt tokens whose logprobs the first of the logits give; empty unless the prompt is scored."""
+        if self.num_logits < len(self.token_ids) or self.sampling.prompt_logprobs is None:
+            return []
+        first = self.context_tokens + 1
+        return self.tokens[first : min(first + len(self.token_ids), self.num_prompt_tokens)]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     step_id: int
     slices: list[StepSlice]
+
+
+@dataclass(frozen=True, slots=True)
+class StepExtras:
+    """What a step yields beside tokens, for the sequences that asked for it."""
+
+    logprobs: dict[SequenceKey, TokenLogprobs] = field(default_factory=dict)
+    """Of the sampled token."""
+    prompt_logprobs: dict[SequenceKey, list[TokenLogprobs]] = field(default_factory=dict)
+    """Of the slice's `scored_ids`."""
+    errors: dict[SequenceKey, str] = field(default_factory=dict)
+    """The sequence cannot go on; its sampled id means nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,13 @@ from engine.protocol import (
     ResumeStats,
     SamplingParams,
     TokenEntry,
+    TokenLogprobs,
 )
+
+MAX_LOGPROBS: Final = 100
+MAX_PROMPT_LOGPROBS: Final = 50_000
+"""Of all prompt tokens together: they travel in one message."""
+BANNED_BIAS: Final = -100.0
 
 
 class SequenceKey(NamedTuple):
@@ -81,6 +87,10 @@ class Sequence:
     """The step in flight that it is in."""
     kv_source: KvSource | None = field(init=False)
     """KV that can still be pulled; None once that was done, has failed, or was decided against."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the tokens generated here, if asked for."""
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """Of the prompt so far, if asked for."""
     pulled_tokens: int = 0
     pull_s: float = 0.0
     resumes: bool = field(init=False)
@@ -105,6 +115,11 @@ class Sequence:
         """Tokens without KV: 1 in decode, more in prefill; at least 1 while it runs."""
         return len(self.tokens) - self.num_computed
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's logprobs are still to be computed; a resume with tokens had them before."""
+        return self.request.sampling.prompt_logprobs is not None and not self.num_committed
+
     def apply(self, event: Event) -> None:
         """Raises TransitionError, with no change, for an event that the state does not know."""
         state = TRANSITIONS.get((self.state, event))
@@ -118,6 +133,8 @@ class Sequence:
         if not num_committed:
             return None
         newest = self.tokens[-1]
+        if newest in sampling.eos_token_ids and sampling.grammar is not None:
+            return FinishReason.STOP  # Chosen only where the grammar has ended.
         stops = newest in sampling.stop_token_ids or (not sampling.ignore_eos and newest in sampling.eos_token_ids)
         if stops and num_committed >= sampling.min_tokens:
             return FinishReason.STOP
@@ -126,7 +143,15 @@ class Sequence:
         return None
 
     def entry(self, from_index: int, resume: ResumeStats | None = None) -> TokenEntry:
-        """All tokens from index `from_index` (of the generated ones) on, and how the sequence ended, if it has."""
+        """All tokens from index `from_index` (of the generated ones) on, and how the sequence ended, if it has.
+
+        With logprobs `from_index` must not lie before what was generated here (`num_without_logprobs`).
+        """
+        logprobs, prompt_logprobs = None, None
+        if self.request.sampling.logprobs is not None:
+            logprobs = self.logprobs[from_index - len(self.request.committed_ids) :]
+        if from_index == 0 and len(self.prompt_logprobs) == len(self.request.prompt_ids):
+            prompt_logprobs = self.prompt_logprobs
         return TokenEntry(
             request_id=self.key.request_id,
             choice=self.key.choice,
@@ -137,7 +162,14 @@ class Sequence:
             error=self.error,
             interruption=self.interruption,
             resume=resume,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
+
+    @property
+    def num_without_logprobs(self) -> int:
+        """Generated tokens whose logprobs were asked for, but are known to the gateway alone."""
+        return len(self.request.committed_ids) if self.request.sampling.logprobs is not None else 0
 
     def resume_stats(self, now_s: float) -> ResumeStats:
         """Of what had been computed before the interruption, what was pulled and what was computed again."""
@@ -159,20 +191,48 @@ def invalid_field(request: GenerateRequest, vocab_size: int) -> str | None:
     for name, ids in (("prompt_ids", request.prompt_ids), ("committed_ids", request.committed_ids)):
         if ids and (min(ids) < 0 or (vocab_size and max(ids) >= vocab_size)):
             return f"{name}: token ids must be in 0..{vocab_size - 1 if vocab_size else 'vocabulary size'}"
-    return _invalid_sampling(request.sampling)
+    return _invalid_sampling(request.sampling, vocab_size) or _invalid_extras(request, vocab_size)
 
 
-def _invalid_sampling(sampling: SamplingParams) -> str | None:
+def _invalid_sampling(sampling: SamplingParams, vocab_size: int) -> str | None:
+    least_tokens = 1 if sampling.prompt_logprobs is None else 0
     # Written so that NaN fails each of them.
     rules = {
-        "max_tokens": (sampling.max_tokens >= 1, sampling.max_tokens, "at least 1"),
+        "max_tokens": (sampling.max_tokens >= least_tokens, sampling.max_tokens, f"at least {least_tokens}"),
         "min_tokens": (sampling.min_tokens >= 0, sampling.min_tokens, "at least 0"),
         "temperature": (0 <= sampling.temperature < math.inf, sampling.temperature, "finite and at least 0"),
         "top_p": (0 < sampling.top_p <= 1, sampling.top_p, "above 0 and at most 1"),
         "top_k": (sampling.top_k >= 0, sampling.top_k, "at least 0"),
         "min_p": (0 <= sampling.min_p <= 1, sampling.min_p, "in 0..1"),
+        "presence_penalty": (math.isfinite(sampling.presence_penalty), sampling.presence_penalty, "finite"),
+        "frequency_penalty": (math.isfinite(sampling.frequency_penalty), sampling.frequency_penalty, "finite"),
+        "repetition_penalty": (
+            0 < sampling.repetition_penalty < math.inf,
+            sampling.repetition_penalty,
+            "finite and above 0",
+        ),
     }
+    most_logprobs = min(MAX_LOGPROBS, vocab_size or MAX_LOGPROBS)
+    for name, number in (("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
+        if number is not None:
+            rules[name] = (0 <= number <= most_logprobs, number, f"in 0..{most_logprobs}")
     for name, (valid, value, rule) in rules.items():
         if not valid:
             return f"sampling.{name}: must be {rule}, got {value}"
+    return None
+
+
+def _invalid_extras(request: GenerateRequest, vocab_size: int) -> str | None:
+    sampling = request.sampling
+    for token_id, bias in sampling.logit_bias.items():
+        if token_id < 0 or (vocab_size and token_id >= vocab_size):
+            return f"sampling.logit_bias: token id {token_id} is not in the vocabulary"
+        if not math.isfinite(bias):
+            return f"sampling.logit_bias: must be finite, got {bias} for token {token_id}"
+    if sampling.prompt_logprobs is not None:
+        number = (1 + sampling.prompt_logprobs) * len(request.prompt_ids)
+        if number > MAX_PROMPT_LOGPROBS:
+            return f"sampling.prompt_logprobs: {number} values for this prompt, at most {MAX_PROMPT_LOGPROBS}"
+    if sampling.grammar is not None and not sampling.eos_token_ids:
+        return "sampling.eos_token_ids: must not be empty with a grammar"
     return None

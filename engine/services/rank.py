@@ -180,6 +180,10 @@ class RankService:
             self._discard(pipeline)
         if change.abort is not None and self._running is not None:
             self._running[1].abort(f"not in plan {plan.epoch}")
+        for planned in plan.pipelines:
+            led = self._led.get(planned.id)
+            if led is not None and not led.is_over and led.pipeline.is_draining():
+                led.pipeline.carry_on()  # The notice that it was arranged for was cancelled.
         if change.prepare is not None:
             position = change.prepare
             self._preparing[position.pipeline.id] = self._spawn(self._prepare(plan, position))
@@ -241,7 +245,11 @@ class RankService:
         self._report_due.set()
 
     async def _on_arrange(self, arrange: Arrange, _headers: dict[str, str]) -> None:
+        plan = self._plan
+        kept = {p.id for p in plan.pipelines} if plan is not None and plan.epoch > arrange.epoch else set[str]()
         for pipeline in arrange.pipelines:
+            if pipeline in kept:
+                continue  # A newer plan, which has overtaken this message, keeps it.
             led = self._led.get(pipeline)
             if led is None or led.is_over:
                 if led is not None or pipeline in self._prepared:
@@ -416,7 +424,7 @@ class RankService:
             return reply
 
         async def cancel(request: CancelRequest, _headers: dict[str, str]) -> None:
-            led.pipeline.cancel(request.request_id)
+            led.pipeline.cancel(request.request_id, request.attempt)
 
         async def resend(request: ResendRequest, _headers: dict[str, str]) -> ResendReply:
             entry = await led.pipeline.resend(request.request_id, request.choice, request.from_index)

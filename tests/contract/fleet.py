@@ -59,8 +59,8 @@ class Recorder:
                 log += entry.ids
         return log
 
-    def last(self, request_id: str) -> TokenEntry | None:
-        return next((e for e in reversed(self.entries) if e.request_id == request_id), None)
+    def last(self, request_id: str, choice: int = 0) -> TokenEntry | None:
+        return next((e for e in reversed(self.entries) if (e.request_id, e.choice) == (request_id, choice)), None)
 
 
 class Fleet:
@@ -195,16 +195,18 @@ def request(
     max_tokens: int = 24,
     committed_ids: list[int] | None = None,
     kv_source: KvSource | None = None,
+    choice: int = 0,
     attempt: int = 0,
     **sampling: Any,
 ) -> GenerateRequest:
     return GenerateRequest(
         request_id=request_id,
+        choice=choice,
         attempt=attempt,
         gateway="g",
         prompt_ids=prompt_ids,
         committed_ids=committed_ids or [],
-        sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True, **{"temperature": 0.0, **sampling}),
+        sampling=SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, "ignore_eos": True, **sampling}),
         kv_source=kv_source,
     )
 

@@ -4,47 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.backends.torch import communicator
-from engine.backends.torch.backend import TorchBackend
 from engine.core.roles import Position
 from engine.errors import EngineError
 from engine.protocol import FinishReason
-from engine.settings import EngineSettings
 from tests.contract.fleet import Fleet, MakeBackend, Recorder, request, until
-from tests.tiny_model import make_tiny_model
 
 ONE, TWO, THREE = [["a"]], [["a"], ["b"]], [["a"], ["b"], ["c"]]
 TENSOR3 = [["a", "b", "c"]]
 PROMPTS = {f"r{i}": [5 + i, 17, 40 + 3 * i, 99, 120, 33 + i] * (1 + 3 * i) for i in range(4)}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(params=["torch"])
-def make_backend(request: pytest.FixtureRequest, model_dir: Path) -> MakeBackend:
-    """One entry for each backend that exists."""
-
-    def make(rank: str) -> TorchBackend:
-        settings = EngineSettings(
-            nats_url="nats://unused",
-            model="tiny",
-            model_dir=model_dir,
-            instance=rank,
-            reduction="fixed",
-            kv_transfer="always",
-            cache_dir=model_dir.parent / "cache",
-        )
-        return TorchBackend(settings, rank)
-
-    return make
 
 
 async def run_all(fleet: Fleet, pipeline: str, **sampling: Any) -> dict[str, list[int]]:

@@ -22,8 +22,8 @@ class SequenceSlice:
     context_tokens: int
     blocks: list[int]
     """Block table; covers context and new tokens, and may be longer."""
-    wants_logits: bool
-    """Of its last row."""
+    num_logits: int
+    """Of its last rows."""
 
 
 @dataclass(slots=True)
@@ -49,8 +49,7 @@ class BatchRows:
                 positions.append(position)
                 block = sequence.blocks[position // block_tokens]
                 slots.append(block * block_tokens + position % block_tokens)
-            if sequence.wants_logits:
-                wanted.append(len(positions) - 1)
+            wanted += range(len(positions) - sequence.num_logits, len(positions))
         self.num_rows = len(positions)
         self.positions_R = torch.tensor(positions, device=device)
         self.slots_R = torch.tensor(slots, device=device)

@@ -20,6 +20,7 @@ import torch
 from engine.backends.base import PipelineEvents, PrepareReport
 from engine.backends.torch.calibrate import load_or_calibrate
 from engine.backends.torch.communicator import Communicator, ShardGroup, rendezvous_store
+from engine.backends.torch.grammar import Grammars
 from engine.backends.torch.kv_pool import KvPool
 from engine.backends.torch.pipeline import Leader, Member, PipelineParts, PipelineThread
 from engine.backends.torch.stage_model import SoloGroup, StageModel
@@ -107,6 +108,9 @@ class TorchBackend:
         )
         self._store = WeightStore(self._config, self._dtype, self._device)
         self._rendezvous = rendezvous_store(settings.host)
+        self._grammars = Grammars(
+            Path(settings.model_dir) / "tokenizer.json", self._config.vocab_size, self._config.eos_token_ids
+        )
         self._profile: StepProfile | None = None
         self._prepared: dict[str, PipelineParts] = {}
         self._preparing: list[Position] = []
@@ -208,7 +212,8 @@ class TorchBackend:
         thread: Leader | Member
         if parts.position.leads:
             scheduler = Scheduler(self._limits(parts), self._cost(), pipeline)
-            thread = Leader(parts, events, scheduler, arrange_margin_s=self._settings.arrange_margin_s)
+            margin_s = self._settings.arrange_margin_s
+            thread = Leader(parts, events, scheduler, self._grammars, arrange_margin_s=margin_s)
         else:
             thread = Member(parts, events)
         self._running[pipeline] = thread

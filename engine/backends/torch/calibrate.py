@@ -162,7 +162,7 @@ class _Bench:
     def _batch(self, batch_size: int, num_tokens: int, context_tokens: int) -> StageBatch:
         each = self._blocks_each
         tables = [list(range(i * each, (i + 1) * each)) for i in range(batch_size)]
-        slices = [SequenceSlice(num_tokens, context_tokens, table, wants_logits=True) for table in tables]
+        slices = [SequenceSlice(num_tokens, context_tokens, table, num_logits=1) for table in tables]
         return StageBatch([0] * (num_tokens * batch_size), slices)
 
 

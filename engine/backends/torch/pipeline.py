@@ -22,14 +22,15 @@ from torch import Tensor
 
 from engine.backends.base import PipelineEvents, Snapshot
 from engine.backends.torch.communicator import Communicator
+from engine.backends.torch.grammar import GrammarMasks, Grammars
 from engine.backends.torch.kv_pool import KvPool
-from engine.backends.torch.sampler import sample
 from engine.backends.torch.stage_model import SequenceSlice, StageBatch, StageModel
+from engine.backends.torch.step_sampler import Masks, StepSampler
 from engine.core.arranger import steps_before_stop
 from engine.core.roles import Position
-from engine.core.scheduler import OutEntry, Scheduler, Step
+from engine.core.scheduler import OutEntry, Scheduler, Step, StepExtras
 from engine.core.sequence import SequenceKey
-from engine.errors import PipelineBroken
+from engine.errors import GrammarError, PipelineBroken
 from engine.protocol import (
     GenerateRequest,
     KvHolder,
@@ -89,6 +90,15 @@ class PipelineParts:
     @property
     def tensor(self) -> int:
         return self.position.pipeline.tensor
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    step: Step
+    logits: Tensor | None
+    """This rank's own, if it is the last stage too."""
+    masks: Masks
+    started_s: float
 
 
 class PipelineThread:
@@ -205,24 +215,32 @@ class Leader(PipelineThread):
         parts: PipelineParts,
         events: PipelineEvents,
         scheduler: Scheduler,
+        grammars: Grammars,
         *,
         arrange_margin_s: float,
     ) -> None:
         super().__init__(parts, events)
         self.scheduler = scheduler
+        self._grammars = grammars
+        self._sampler = StepSampler(GrammarMasks(grammars, 2 * scheduler.limits.max_batch, parts.device))
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._inbox_lock = threading.Lock()
         self._is_over = False
         self._arrange: tuple[float | None, float] | None = None
         self._margin_s = arrange_margin_s
         self._step_s = 0.05
-        self._under_way: deque[tuple[Step, Tensor | None, float]] = deque()
+        self._under_way: deque[_UnderWay] = deque()
         self._snapshot = Snapshot()
 
     # --- called from the event loop ---------------------------------------------------------------------------
 
     async def submit(self, request: GenerateRequest) -> SubmitReply:
-        """Hand a request to the scheduler."""
+        """Hand a request to the scheduler; its grammar is compiled first, beside the steps."""
+        if request.sampling.grammar is not None:
+            try:
+                await asyncio.to_thread(self._grammars.compile, request.sampling.grammar)
+            except GrammarError as error:
+                return SubmitReply(accepted=False, reason=RejectReason.INVALID, detail=f"sampling.grammar: {error}")
         rejected = SubmitReply(accepted=False, reason=RejectReason.NOT_LEADER, detail=f"{self.id} has stopped")
         reply = await self._ask(lambda: self.scheduler.submit(request, time.time()))
         return reply if reply is not None else rejected
@@ -233,8 +251,9 @@ class Leader(PipelineThread):
             return self.scheduler.resend(request_id, choice, from_index)
         return await self._ask(lambda: self.scheduler.resend(request_id, choice, from_index))
 
-    def cancel(self, request_id: str) -> None:
-        self._post(lambda: self._publish(self.scheduler.cancel(request_id, time.time())))
+    def cancel(self, request_id: str, attempt: int | None = None) -> None:
+        """End all choices of a request, or those that run as `attempt` or an older one."""
+        self._post(lambda: self._publish(self.scheduler.cancel(request_id, time.time(), attempt)))
 
     def pull_done(self, key: SequenceKey, *, ok: bool, pull_s: float) -> None:
         self._post(lambda: self.scheduler.pull_done(key, ok, pull_s, time.time()))
@@ -242,6 +261,11 @@ class Leader(PipelineThread):
     def arrange(self, deadline_s: float | None, migration_s: float) -> None:
         """Stop at a token boundary, as late as the deadline allows (None: at the next one)."""
         self._arrange = (deadline_s, migration_s)
+        self._wake()
+
+    def carry_on(self) -> None:
+        """Forget what `arrange` said; it may be too late."""
+        self._arrange = None
         self._wake()
 
     def is_draining(self) -> bool:
@@ -330,9 +354,10 @@ class Leader(PipelineThread):
     def _should_stop(self) -> bool:
         if self._aborted is not None:
             raise PipelineBroken(self.id, self._aborted)
-        if self._arrange is None:
+        arrange = self._arrange  # Once: the event loop may take it back.
+        if arrange is None:
             return False
-        deadline_s, migration_s = self._arrange
+        deadline_s, migration_s = arrange
         counts = self.scheduler.counts()
         is_idle = counts.running == 0 and counts.waiting == 0
         steps = steps_before_stop(time.time(), deadline_s, migration_s, self._step_s, self._margin_s)
@@ -340,10 +365,11 @@ class Leader(PipelineThread):
 
     def _stop(self) -> int:
         """Commit what is under way, park every sequence, and bring the members to a stop."""
+        arrange = self._arrange
         self.scheduler.drain()
         while self._under_way:
             self._finish_oldest()
-        entries = self.scheduler.park("pipeline retired", self._holders(), self._arrange[0] if self._arrange else None)
+        entries = self.scheduler.park("pipeline retired", self._holders(), arrange[0] if arrange else None)
         num_parked = self.scheduler.counts().parked
         self._tell(Stop(num_parked=num_parked))
         # Only then has every stage computed all KV that the interrupted sequences carry along.
@@ -375,7 +401,7 @@ class Leader(PipelineThread):
         batch = StageBatch(
             [token for part in step.slices for token in part.token_ids],
             [
-                SequenceSlice(len(part.token_ids), part.context_tokens, part.blocks, part.samples)
+                SequenceSlice(len(part.token_ids), part.context_tokens, part.blocks, part.num_logits)
                 for part in step.slices
             ],
         )
@@ -384,24 +410,21 @@ class Leader(PipelineThread):
         if parts.num_stages > 1:
             assert parts.communicator is not None
             parts.communicator.send(out, parts.tensor)
-            self._under_way.append((step, None, started_s))
-        else:
-            self._under_way.append((step, out, started_s))
+        own_logits = out if parts.num_stages == 1 else None
+        self._under_way.append(_UnderWay(step, own_logits, self._sampler.masks(step), started_s))
 
     def _finish_oldest(self) -> None:
-        step, own_logits, started_s = self._under_way.popleft()
-        sampling = [part for part in step.slices if part.samples]
+        done = self._under_way.popleft()
+        step = done.step
+        num_logits = sum(part.num_logits for part in step.slices)
         tokens: list[int] = []
-        if sampling:
-            tokens = sample(
-                self._gather_logits(len(sampling), own_logits),
-                [part.sampling for part in sampling],
-                [part.key.choice for part in sampling],
-                [part.index for part in sampling],
-            )
-            took_s = time.perf_counter() - started_s
+        extras = StepExtras()
+        if num_logits:
+            tokens, extras = self._sampler.sample(step, self._gather_logits(num_logits, done.logits), done.masks)
+        if tokens:
+            took_s = time.perf_counter() - done.started_s
             self._step_s += _STEP_TIME_WEIGHT * (took_s - self._step_s)
-        self._publish(self.scheduler.commit(step.step_id, tokens, time.time()))
+        self._publish(self.scheduler.commit(step.step_id, tokens, time.time(), extras))
 
     def _gather_logits(self, num_rows: int, own: Tensor | None) -> Tensor:
         """Logits [num_rows, vocab] from the shards of the last stage."""

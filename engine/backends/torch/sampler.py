@@ -1,21 +1,32 @@
-"""The next token from logits. A row's token depends on its logits, parameters and (seed, choice, index) only."""
+"""The next token from logits. A row's token depends on its logits, parameters, history, mask and (seed, choice) only.
+
+Order, as in vLLM: see `processors.py`; then temperature, min_p, top_k, top_p, and the draw.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from engine.backends.torch.processors import History, needs_processing, processed
 from engine.core.sampling import uniform
 from engine.protocol import SamplingParams
 
 GREEDY_BELOW: Final = 1e-5
-MINUS_INFINITY: Final = float("-inf")
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, params: list[SamplingParams], choices: list[int], indices: list[int]) -> list[int]:
+def sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    choices: Sequence[int],
+    indices: Sequence[int],
+    histories: Sequence[History] | None = None,
+    masks: Sequence[Tensor | None] | None = None,
+) -> list[int]:
     """One token id a row.
 
     Args:
@@ -23,29 +34,22 @@ def sample(logits: Tensor, params: list[SamplingParams], choices: list[int], ind
         params: n sampling parameters.
         choices: n choice numbers.
         indices: n indices of the token to draw (0 = the choice's first generated token).
+        histories: n histories, for the penalties; None: there are none.
+        masks: n masks, bool [vocabulary] on the device of the logits, of the tokens that the grammar allows, or None.
 
     """
     greedy = logits.argmax(-1).tolist()
+    histories = histories or [History([], 0)] * len(params)
+    masks = masks or [None] * len(params)
     tokens: list[int] = []
     for row, (own, choice, index) in enumerate(zip(params, choices, indices, strict=True)):
-        banned = _banned(own, index, logits.shape[1])
-        if own.temperature < GREEDY_BELOW and not banned:
+        changes = needs_processing(own, index, masks[row])
+        if own.temperature < GREEDY_BELOW and not changes:
             tokens.append(greedy[row])
             continue
-        scores = logits[row]
-        if banned:
-            scores = scores.clone()
-            scores[banned] = MINUS_INFINITY
+        scores = processed(logits[row], own, index, histories[row], masks[row]) if changes else logits[row]
         tokens.append(_choose(scores, own, choice, index))
     return tokens
-
-
-def _banned(params: SamplingParams, index: int, vocab_size: int) -> list[int]:
-    """Tokens that would end the choice before `min_tokens`."""
-    if index >= params.min_tokens:
-        return []
-    ending = {*params.stop_token_ids, *(() if params.ignore_eos else params.eos_token_ids)}
-    return [token for token in ending if 0 <= token < vocab_size]
 
 
 def _choose(scores: Tensor, params: SamplingParams, choice: int, index: int) -> int:
@@ -60,7 +64,9 @@ def _choose(scores: Tensor, params: SamplingParams, choice: int, index: int) -> 
 
 
 def _filtered(probs: Tensor, params: SamplingParams) -> Tensor:
-    """Zero what top_k, then top_p, then min_p rule out; the best token stays. Ties go to the lower id."""
+    """Zero what min_p, then top_k, then top_p rule out; the best token stays. Ties go to the lower id."""
+    if params.min_p > 0.0:
+        probs = torch.where(probs >= params.min_p * probs.max(), probs, 0.0)
     if 0 < params.top_k < len(probs):
         probs = _keep_best(probs, params.top_k)
     if params.top_p < 1.0:
@@ -68,8 +74,6 @@ def _filtered(probs: Tensor, params: SamplingParams) -> Tensor:
         before = ordered.cumsum(-1) - ordered
         num_kept = int((before < params.top_p * ordered.sum()).sum())
         probs = _keep_best(probs, max(num_kept, 1))
-    if params.min_p > 0.0:
-        probs = torch.where(probs >= params.min_p * probs.max(), probs, 0.0)
     return probs
 
 

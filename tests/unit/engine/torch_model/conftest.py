@@ -142,7 +142,7 @@ class LocalPipeline:
             while len(table) * self.block_tokens < context + len(ids):
                 table.append((used * 7 + 3) % NUM_BLOCKS)  # scattered; 7 and NUM_BLOCKS have no common factor
                 used += 1
-            slices.append(SequenceSlice(len(ids), context, list(table), wants_logits=True))
+            slices.append(SequenceSlice(len(ids), context, list(table), num_logits=1))
             self.lengths[name] = context + len(ids)
         batch = StageBatch([token for ids in pieces.values() for token in ids], slices)
         hidden: Tensor | None = None

@@ -153,7 +153,7 @@ def test_no_wanted_logits_give_no_rows_and_the_hidden_state_is_left_alone(tiny_m
     model = tiny_model("qwen2")
     pipeline = build_pipeline(model.checkpoint, 2, 1)
     (first, first_pool, _), (second, second_pool, _) = pipeline.stages[0][0], pipeline.stages[1][0]
-    batch = StageBatch([5, 6, 7], [SequenceSlice(3, 0, [0], wants_logits=False)])
+    batch = StageBatch([5, 6, 7], [SequenceSlice(3, 0, [0], num_logits=0)])
     hidden = first.forward(batch, None, first_pool)
     before = hidden.clone()
     assert second.forward(batch, hidden, second_pool).shape == (0, 200)
