@@ -4,6 +4,7 @@ BenchError
 +-- StackError     the stack did not start, or did not do in time what was waited for; says where its logs are
 +-- StreamError    a stream ended with an error, or without all its tokens
 +-- InputError     what a simulation was given cannot be used; names file (or option), line and field
++-- SimulationError  a scenario cannot be simulated, or its policy has broken a rule of the simulator
 """
 
 from __future__ import annotations
@@ -37,18 +38,6 @@ class InputError(BenchError):
         self.line = line
         self.field = field
         self.problem = problem
-
-
-class InputError(BenchError):
-    """`line` counts from 1."""
-
-    def __init__(self, path: Path | str, line: int | None, field: str, reason: str) -> None:
-        where = f"{path}, line {line}" if line is not None else str(path)
-        super().__init__(f"{where}: {field}: {reason}")
-        self.path = path
-        self.line = line
-        self.field = field
-        self.reason = reason
 
 
 class SimulationError(BenchError):

@@ -39,6 +39,30 @@ class CapacityTrace(msgspec.Struct, frozen=True, kw_only=True):
     end_s: float
 
 
+class Lifetime(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance of a trace."""
+
+    instance: str
+    market: Market
+    usable_s: float
+    gone_s: float | None
+    """None: it outlives the trace."""
+
+    def rented_s(self, acquisition_s: float) -> float:
+        """Since when it is paid for: those that are there at the start were acquired before."""
+        return max(0.0, self.usable_s - acquisition_s)
+
+
+def lifetimes(trace: CapacityTrace) -> list[Lifetime]:
+    """In the order in which they become usable."""
+    gone_s = {name: event.at_s for event in trace.events for name in event.removed}
+    return [
+        Lifetime(instance=name, market=event.market, usable_s=event.at_s, gone_s=gone_s.get(name))
+        for event in trace.events
+        for name in event.added
+    ]
+
+
 class Prices(msgspec.Struct, frozen=True, kw_only=True):
     """US dollars an hour of one instance."""
 

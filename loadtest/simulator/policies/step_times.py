@@ -1,0 +1,90 @@
+"""The planner's cost model as the simulator's clockwork: what a step of each shape takes, and which shape is best."""
+
+from __future__ import annotations
+
+import msgspec
+
+from loadtest.errors import SimulationError
+from loadtest.simulator.pipelines import MAX_STEP_TOKENS
+from loadtest.simulator.scenario import CapacityTrace, Scenario
+from planner.core.cost_model import CostModel, Workload
+from planner.protocol import ParallelConfig
+
+
+def cost_model(scenario: Scenario) -> CostModel:
+    """For the mean of the requests."""
+    requests = scenario.requests
+    num = max(1, len(requests))
+    span_s = min(scenario.trace.end_s, requests[-1].arrival_s) if requests else 0.0
+    num_inside = sum(r.arrival_s <= span_s for r in requests)
+    workload = Workload(
+        arrivals_per_s=num_inside / span_s if span_s > 0 else 0.0,
+        prompt_tokens=sum(r.prompt_tokens for r in requests) / num if requests else 512.0,
+        output_tokens=sum(r.output_tokens for r in requests) / num if requests else 128.0,
+    )
+    return CostModel(scenario.model, scenario.profile, scenario.memory_bytes, workload, scenario.max_batch)
+
+
+def best_config(scenario: Scenario, num_ranks: int, arrivals_per_s: float | None = None) -> ParallelConfig | None:
+    """Equal pipelines on up to `num_ranks` ranks, for the mean of the arrivals or `arrivals_per_s`.
+
+    The least latency among those that keep up, else the most throughput. None: the model does not fit.
+    """
+    costs = cost_model(scenario)
+    if arrivals_per_s is not None:
+        costs.workload = msgspec.structs.replace(costs.workload, arrivals_per_s=arrivals_per_s)
+    estimates = [
+        estimate
+        for tensor in costs.tensor_degrees()
+        for pipeline in range(1, min(num_ranks // tensor, scenario.model.num_layers) + 1)
+        if (estimate := costs.estimate(num_ranks // (pipeline * tensor), pipeline, tensor)) is not None
+    ]
+    best = min(estimates, key=lambda e: (e.latency_s, -e.throughput_per_s), default=None)
+    return best.config if best is not None else None
+
+
+def best_shape_of_smallest_fleet(scenario: Scenario) -> tuple[int, int]:
+    """(pipeline, tensor) that serves at every point of the trace. Raises SimulationError if none does."""
+    num_ranks = smallest_fleet(scenario.trace) * scenario.ranks_per_instance
+    config = best_config(scenario, num_ranks)
+    if config is None:
+        raise SimulationError(f"{scenario.name}: the model does not fit on {num_ranks} ranks, the smallest fleet")
+    return config.pipeline, config.tensor
+
+
+def smallest_fleet(trace: CapacityTrace) -> int:
+    """The fewest usable instances at any time before the end."""
+    num, fewest = 0, []
+    for index, event in enumerate(trace.events):
+        num += len(event.added) - len(event.removed)
+        is_last_then = index + 1 == len(trace.events) or trace.events[index + 1].at_s > event.at_s
+        if is_last_then and event.at_s < trace.end_s:
+            fewest.append(num)
+    return min(fewest, default=0)
+
+
+class ShapeTimes:
+    """Of one (pipeline, tensor) shape."""
+
+    def __init__(self, costs: CostModel, pipeline: int, tensor: int) -> None:
+        self._costs = costs
+        self._pipeline = pipeline
+        self._tensor = tensor
+
+    def step_s(self, num_decoding: int, prefill_tokens: int, context_tokens: float) -> float:
+        return (
+            self._costs.step_ms(
+                self._pipeline,
+                self._tensor,
+                num_decoding=num_decoding,
+                prefill_tokens=prefill_tokens,
+                context_tokens=context_tokens,
+            )
+            / 1000
+        )
+
+    def prefill_s(self, num_tokens: int) -> float:
+        """A prompt of `num_tokens` alone, in the engine's chunks."""
+        num_full, rest = divmod(num_tokens, MAX_STEP_TOKENS)
+        full_s = self.step_s(0, MAX_STEP_TOKENS, 0.0) if num_full else 0.0
+        return num_full * full_s + (self.step_s(0, rest, 0.0) if rest else 0.0)
