@@ -91,6 +91,8 @@ class Market(StrEnum):
 
 
 class InstanceState(StrEnum):
+    REQUESTED = "requested"
+    """Asked of the cloud, not launched yet."""
     STARTING = "starting"
     READY = "ready"
     GRACE = "grace"
@@ -118,6 +120,17 @@ class StepProfile(Wire, frozen=True, kw_only=True):
     dtype: str = "float32"
 
 
+class MeasuredStep(Wire, frozen=True, kw_only=True):
+    """Means over the last window of steps of a running pipeline in which every sequence only decoded."""
+
+    num_sequences: float
+    mean_step_ms: float
+    """Until every sequence had its next token."""
+    num_steps: int
+    """Counted by the pipeline so far: tells a new window from one that is repeated."""
+    mean_context_tokens: float = 0.0
+
+
 class RankInventory(Wire, frozen=True, kw_only=True):
     """What one rank is, and which context it really holds: the truth that matching starts from."""
 
@@ -137,6 +150,8 @@ class RankInventory(Wire, frozen=True, kw_only=True):
     """Pipelines that it holds ready to start (weights in, group formed)."""
     kv_tokens: int = 0
     """Tokens of live sequences whose KV it holds."""
+    measured_step: MeasuredStep | None = None
+    """Of the pipeline that it leads, once it has decoded enough."""
 
 
 class InstanceInventory(Message, frozen=True, kw_only=True):
@@ -154,6 +169,14 @@ class InstanceInventory(Message, frozen=True, kw_only=True):
     version: int = SCHEMA_VERSION
 
 
+class InstanceRequested(Message, frozen=True, kw_only=True):
+    """`capacity.<instance>`: the cloud has been asked for it; it may never come."""
+
+    instance: str
+    market: Market
+    num_ranks: int = 1
+
+
 class InstanceStarting(Message, frozen=True, kw_only=True):
     """`capacity.<instance>`: somebody has launched it; it will join when its ranks are up."""
 
@@ -163,10 +186,16 @@ class InstanceStarting(Message, frozen=True, kw_only=True):
 
 
 class PreemptionNotice(Message, frozen=True, kw_only=True):
-    """`capacity.<instance>`: the cloud takes the instance away at `deadline_s`."""
+    """`capacity.<instance>`: the cloud takes the instance away at `deadline_s`; a later one may move it."""
 
     instance: str
     deadline_s: float
+
+
+class NoticeCancelled(Message, frozen=True, kw_only=True):
+    """`capacity.<instance>`: the cloud leaves the instance to us after all."""
+
+    instance: str
 
 
 class InstanceLost(Message, frozen=True, kw_only=True):
@@ -308,6 +337,8 @@ class Explanation(Wire, frozen=True, kw_only=True):
     objective: str = ""
     expected_calm_s: float = 0.0
     """Expected time to the next event, over which a change had to repay its pause."""
+    advisory: bool = False
+    """Advice: the plan that it explains was not carried out."""
 
 
 class Plan(Message, frozen=True, kw_only=True):
@@ -402,11 +433,27 @@ class Status(Message, frozen=True, kw_only=True):
     instances: list[InstanceStatus]
     plan: Plan | None
     history: list[Explanation] = []
-    """Newest first."""
+    """Newest first; with advice that was not carried out."""
+    desired: DesiredCapacity | None = None
+    """None: nobody has set limits, so the planner takes the fleet as it comes."""
+    advisory: bool = False
+    """Only forced plans are carried out, see `Explanation.advisory`."""
+    num_failed_decisions: int = 0
+    """Of this planner process; the last good plan stands."""
+    last_failure: str = ""
+    """Why the last of them failed; empty once a decision has worked again."""
 
 
 PlannerInput = (
-    InstanceInventory | InstanceStarting | PreemptionNotice | InstanceLost | LoadReport | RankProgress | StatusRequest
+    InstanceInventory
+    | InstanceRequested
+    | InstanceStarting
+    | PreemptionNotice
+    | NoticeCancelled
+    | InstanceLost
+    | LoadReport
+    | RankProgress
+    | StatusRequest
 )
 
 
@@ -428,7 +475,10 @@ class PlannerSubjects:
         self.capacity_stream = f"spotserve-{model}-capacity"
         """JetStream stream over `all_capacity`."""
         self.plan_bucket = f"spotserve-{model}-plan"
-        """JetStream KV; key `current`, with history."""
+        """JetStream KV; keys `current`, with history, and `advice`."""
+        self.desired = f"{self.prefix}.fleet.desired"
+        self.fleet_bucket = f"spotserve-{model}-fleet"
+        """JetStream KV; key `desired` is the `DesiredCapacity` to follow."""
         self.inventory_bucket = f"spotserve-{model}-inventory"
         """JetStream KV with a TTL of 10 s; key = instance."""
 

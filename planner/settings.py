@@ -32,6 +32,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Sequences that one pipeline decodes at once."""
     heartbeat_timeout_s: float = 3.0
     """An instance that is silent for so long is lost; it writes a byte every 0.5 s."""
+    prepare_timeout_s: float = 120.0
+    """A rank whose preparation stands still for so long, beyond what its transfers should take, hangs: it is left out
+    for some minutes."""
+    advisory: bool = False
+    """Carry out only what keeps the fleet serving (the first plan; notices and losses of what serves); every other
+    decision is explained and not acted upon."""
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:
@@ -43,6 +49,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 raise SettingsError(field, f"{value} is below 1")
         if self.heartbeat_timeout_s <= 0.5:
             raise SettingsError("heartbeat_timeout_s", f"{self.heartbeat_timeout_s} is not above the 0.5 s of the beat")
+        if not self.prepare_timeout_s > 0:
+            raise SettingsError("prepare_timeout_s", f"{self.prepare_timeout_s} is not above 0")
         if self.log_level not in logging.getLevelNamesMapping():
             raise SettingsError("log_level", f"{self.log_level!r} is not a logging level")
 

@@ -8,10 +8,14 @@ import msgspec
 
 from planner.protocol import (
     Arrange,
+    DesiredCapacity,
+    Explanation,
     InstanceInventory,
     InstanceLost,
+    InstanceRequested,
     InstanceStarting,
     LoadReport,
+    NoticeCancelled,
     Plan,
     PreemptionNotice,
     RankProgress,
@@ -34,8 +38,10 @@ class Tick(Internal, frozen=True, kw_only=True):
 
 Event = (
     InstanceInventory
+    | InstanceRequested
     | InstanceStarting
     | PreemptionNotice
+    | NoticeCancelled
     | InstanceLost
     | LoadReport
     | RankProgress
@@ -50,6 +56,16 @@ class PublishPlan(Internal, frozen=True, kw_only=True):
 
 class PublishArrange(Internal, frozen=True, kw_only=True):
     arrange: Arrange
+
+
+class PublishAdvice(Internal, frozen=True, kw_only=True):
+    """What the planner would have done; nobody acts on it."""
+
+    explanation: Explanation
+
+
+class PublishDesired(Internal, frozen=True, kw_only=True):
+    desired: DesiredCapacity
 
 
 class WatchInstance(Internal, frozen=True, kw_only=True):
@@ -74,6 +90,7 @@ class ProbeInstances(Internal, frozen=True, kw_only=True):
 class Severity(StrEnum):
     INFO = "info"
     WARNING = "warning"
+    ERROR = "error"
 
 
 class Report(Internal, frozen=True, kw_only=True):
@@ -84,5 +101,14 @@ class Report(Internal, frozen=True, kw_only=True):
     severity: Severity = Severity.INFO
 
 
-Effect = PublishPlan | PublishArrange | WatchInstance | ForgetInstance | ProbeInstances | Report
+Effect = (
+    PublishPlan
+    | PublishArrange
+    | PublishAdvice
+    | PublishDesired
+    | WatchInstance
+    | ForgetInstance
+    | ProbeInstances
+    | Report
+)
 """To be carried out in order."""

@@ -1,13 +1,14 @@
 """Which instances exist and how each one is: the life cycle as a table, and the ranks that can be used.
 
-    starting --reached--> ready --noticed--> grace
-        any --lost--> lost --announced--> starting (it rejoins)
+    requested --launched--> starting --reached--> ready <--cancelled, noticed--> grace
+        any --lost--> lost --requested, launched, announced--> it comes again
 
 An instance counts as alive once its liveness connection stands: an old inventory of a dead one changes nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
@@ -18,40 +19,60 @@ from planner.protocol import InstanceInventory, InstanceState, InstanceStatus, M
 
 LOST_SHOWN_S: Final = 60.0
 STARTING_TIMEOUT_S: Final = 600.0
+REQUEST_TIMEOUT_S: Final = 300.0
+"""A cloud that has not launched by then has no capacity."""
+OUTLIVED_S: Final = 10.0
+"""An instance that lives so long after its deadline is not taken away: the notice was false."""
 
 
 class Sign(StrEnum):
     """What is heard of an instance."""
 
+    REQUESTED = "requested"
     LAUNCHED = "launched"
     ANNOUNCED = "announced"
     REACHED = "reached"
     NOTICED = "noticed"
+    CANCELLED = "cancelled"
+    """The notice does not hold any more."""
+    CANCELLED_UNREACHED = "cancelled_unreached"
+    """The same of an instance that has not joined yet."""
     LOST = "lost"
 
 
-TRANSITIONS: Final[Mapping[tuple[InstanceState, Sign], InstanceState]] = {
-    (InstanceState.STARTING, Sign.LAUNCHED): InstanceState.STARTING,
-    (InstanceState.STARTING, Sign.ANNOUNCED): InstanceState.STARTING,
-    (InstanceState.STARTING, Sign.REACHED): InstanceState.READY,
-    (InstanceState.STARTING, Sign.NOTICED): InstanceState.GRACE,
-    (InstanceState.STARTING, Sign.LOST): InstanceState.LOST,
-    (InstanceState.READY, Sign.LAUNCHED): InstanceState.READY,
-    (InstanceState.READY, Sign.ANNOUNCED): InstanceState.READY,
-    (InstanceState.READY, Sign.REACHED): InstanceState.READY,
-    (InstanceState.READY, Sign.NOTICED): InstanceState.GRACE,
-    (InstanceState.READY, Sign.LOST): InstanceState.LOST,
-    (InstanceState.GRACE, Sign.LAUNCHED): InstanceState.GRACE,
-    (InstanceState.GRACE, Sign.ANNOUNCED): InstanceState.GRACE,
-    (InstanceState.GRACE, Sign.REACHED): InstanceState.GRACE,
-    (InstanceState.GRACE, Sign.NOTICED): InstanceState.GRACE,
-    (InstanceState.GRACE, Sign.LOST): InstanceState.LOST,
-    (InstanceState.LOST, Sign.LAUNCHED): InstanceState.STARTING,
-    (InstanceState.LOST, Sign.ANNOUNCED): InstanceState.STARTING,
-    (InstanceState.LOST, Sign.REACHED): InstanceState.LOST,
-    (InstanceState.LOST, Sign.NOTICED): InstanceState.LOST,
-    (InstanceState.LOST, Sign.LOST): InstanceState.LOST,
+_CHANGES: Final[Mapping[InstanceState, Mapping[Sign, InstanceState]]] = {
+    InstanceState.REQUESTED: {
+        Sign.LAUNCHED: InstanceState.STARTING,
+        Sign.ANNOUNCED: InstanceState.STARTING,
+        Sign.REACHED: InstanceState.READY,
+        Sign.NOTICED: InstanceState.GRACE,
+        Sign.LOST: InstanceState.LOST,
+    },
+    InstanceState.STARTING: {
+        Sign.REACHED: InstanceState.READY,
+        Sign.NOTICED: InstanceState.GRACE,
+        Sign.LOST: InstanceState.LOST,
+    },
+    InstanceState.READY: {
+        Sign.NOTICED: InstanceState.GRACE,
+        Sign.LOST: InstanceState.LOST,
+    },
+    InstanceState.GRACE: {
+        Sign.CANCELLED: InstanceState.READY,
+        Sign.CANCELLED_UNREACHED: InstanceState.STARTING,
+        Sign.LOST: InstanceState.LOST,
+    },
+    InstanceState.LOST: {
+        Sign.REQUESTED: InstanceState.REQUESTED,
+        Sign.LAUNCHED: InstanceState.STARTING,
+        Sign.ANNOUNCED: InstanceState.STARTING,
+    },
 }
+
+TRANSITIONS: Final[Mapping[tuple[InstanceState, Sign], InstanceState]] = {
+    (state, sign): changes.get(sign, state) for state, changes in _CHANGES.items() for sign in Sign
+}
+"""Every sign has an answer in every state; most change nothing."""
 
 
 class Instance(msgspec.Struct, kw_only=True):
@@ -69,6 +90,19 @@ class Instance(msgspec.Struct, kw_only=True):
     def is_alive(self) -> bool:
         return self.reached and self.inventory is not None and self.state is not InstanceState.LOST
 
+    @property
+    def overdue_at_s(self) -> float:
+        """When its state ends by itself if nothing is heard; infinite for one that may go on for ever."""
+        match self.state:
+            case InstanceState.REQUESTED:
+                return self.since_s + REQUEST_TIMEOUT_S
+            case InstanceState.STARTING:
+                return self.since_s + STARTING_TIMEOUT_S
+            case InstanceState.GRACE if self.deadline_s is not None:
+                return max(self.deadline_s, self.since_s) + (OUTLIVED_S if self.is_alive else 0.0)
+            case _:
+                return math.inf
+
 
 class Rank(msgspec.Struct, frozen=True, kw_only=True):
     """A rank of a living instance."""
@@ -83,6 +117,9 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
         return self.inventory.rank
 
 
+_FIRST_SIGNS: Final = frozenset({Sign.REQUESTED, Sign.LAUNCHED, Sign.ANNOUNCED, Sign.NOTICED})
+
+
 class Fleet:
     """All instances by id."""
 
@@ -90,12 +127,13 @@ class Fleet:
         self.instances: dict[str, Instance] = {}
 
     def apply(self, instance_id: str, sign: Sign, now_s: float, market: Market = Market.SPOT) -> bool:
-        """Advance the life cycle; True if the state changed. An unknown instance begins as starting."""
+        """Advance the life cycle; True if the state changed. An unknown instance begins as the sign says."""
         instance = self.instances.get(instance_id)
         if instance is None:
-            if sign in (Sign.REACHED, Sign.LOST):
+            if sign not in _FIRST_SIGNS:
                 return False
-            instance = Instance(id=instance_id, market=market, state=InstanceState.STARTING, since_s=now_s)
+            first = InstanceState.REQUESTED if sign is Sign.REQUESTED else InstanceState.STARTING
+            instance = Instance(id=instance_id, market=market, state=first, since_s=now_s)
             self.instances[instance_id] = instance
         before = instance.state
         instance.state = TRANSITIONS[before, sign]
@@ -104,9 +142,16 @@ class Fleet:
         instance.since_s = now_s
         if instance.state is InstanceState.LOST:
             instance.reached = False
-        elif before is InstanceState.LOST:
+        elif before in (InstanceState.LOST, InstanceState.GRACE):
             instance.deadline_s = None
         return True
+
+    def withdraw_notice(self, instance_id: str, now_s: float) -> bool:
+        """Its notice does not hold any more; False if it was under none."""
+        instance = self.instances.get(instance_id)
+        if instance is None or instance.state is not InstanceState.GRACE:
+            return False
+        return self.apply(instance_id, Sign.CANCELLED if instance.reached else Sign.CANCELLED_UNREACHED, now_s)
 
     def ranks(self) -> dict[str, Rank]:
         """Every rank of every living instance."""
@@ -121,17 +166,18 @@ class Fleet:
         instance = self.instances.get(instance_id)
         return instance.state if instance is not None else None
 
+    def overdue(self, now_s: float) -> list[Instance]:
+        """Those whose state should have ended by now: never came, or outlived their notice."""
+        return [instance for _, instance in sorted(self.instances.items()) if instance.overdue_at_s <= now_s]
+
+    def next_wakeup_s(self) -> float:
+        return min((instance.overdue_at_s for instance in self.instances.values()), default=math.inf)
+
     def forget_old(self, now_s: float) -> None:
-        """Drop lost instances that nobody asks about any more, and those that were launched but never joined."""
+        """Drop lost instances that nobody asks about any more."""
         for instance in list(self.instances.values()):
-            age_s = now_s - instance.since_s
-            never_joined = instance.state is InstanceState.STARTING and age_s > STARTING_TIMEOUT_S
-            taken_unseen = not instance.is_alive and instance.deadline_s is not None and instance.deadline_s < now_s
-            if instance.state is InstanceState.LOST:
-                if age_s > LOST_SHOWN_S:
-                    del self.instances[instance.id]
-            elif never_joined or taken_unseen:
-                self.apply(instance.id, Sign.LOST, now_s)
+            if instance.state is InstanceState.LOST and instance.since_s + LOST_SHOWN_S < now_s:
+                del self.instances[instance.id]
 
     def statuses(self) -> list[InstanceStatus]:
         return [

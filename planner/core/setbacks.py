@@ -7,6 +7,8 @@ from typing import Final
 
 RETRY_DELAYS_S: Final = (0.2, 1.0, 3.0)
 EXCLUSION_S: Final = 30.0
+HANG_EXCLUSION_S: Final = 300.0
+"""A rank that hung has cost a long wait already."""
 FORGET_AFTER_S: Final = 60.0
 """A shape that has not failed for so long begins anew."""
 
@@ -28,6 +30,13 @@ class Setbacks:
             return now_s + EXCLUSION_S / 3
         del self._failures[ranks]
         self._excluded_until_s[culprit] = now_s + EXCLUSION_S
+        return now_s
+
+    def note_hang(self, ranks: frozenset[str], culprit: str | None, now_s: float) -> float:
+        """The same of ranks that said nothing at all: a culprit that is known is excluded at once."""
+        if culprit is None:
+            return self.note_failure(ranks, None, now_s)
+        self._excluded_until_s[culprit] = now_s + HANG_EXCLUSION_S
         return now_s
 
     def excluded(self, now_s: float) -> frozenset[str]:

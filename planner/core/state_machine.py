@@ -7,10 +7,14 @@ Every decision starts from the newest inventories, so a second event in the midd
 from __future__ import annotations
 
 import math
+import traceback
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final, assert_never
 
+import msgspec
+
+from planner.core.agenda import Agenda
 from planner.core.config_optimizer import Targets
 from planner.core.effects import (
     Effect,
@@ -18,6 +22,7 @@ from planner.core.effects import (
     ForgetInstance,
     InstanceReached,
     ProbeInstances,
+    PublishAdvice,
     PublishArrange,
     PublishPlan,
     Report,
@@ -25,7 +30,7 @@ from planner.core.effects import (
     Tick,
     WatchInstance,
 )
-from planner.core.fleet import Fleet, Sign
+from planner.core.fleet import OUTLIVED_S, Fleet, Sign
 from planner.core.invariants import check_plan
 from planner.core.load import Load
 from planner.core.planning import Situation, make_plan, retirement_kv_s
@@ -37,10 +42,12 @@ from planner.protocol import (
     Explanation,
     InstanceInventory,
     InstanceLost,
+    InstanceRequested,
     InstanceStarting,
     InstanceState,
     LoadReport,
     ModelShape,
+    NoticeCancelled,
     Phase,
     Pipeline,
     Plan,
@@ -58,10 +65,16 @@ BREAK_WAIT_S: Final = 0.3
 RESTORE_HOLD_S: Final = 4.0
 """How long a restarted planner waits for the instances of its plan: inventories come every 2 s."""
 HISTORY: Final = 20
+PREPARE_TIMEOUT_S: Final = 120.0
 
 
 class PlannerState:
-    def __init__(self, targets: Targets) -> None:
+    def __init__(
+        self, targets: Targets, *, prepare_timeout_s: float = PREPARE_TIMEOUT_S, is_advisory: bool = False
+    ) -> None:
+        """`prepare_timeout_s`: a rank whose preparation stands still for so long, beyond what its transfers should
+        take, hangs. `is_advisory`: only what keeps the fleet serving is carried out, the rest is advice.
+        """
         self.targets = targets
         self.fleet = Fleet()
         self.plan: Plan | None = None
@@ -74,8 +87,9 @@ class PlannerState:
         """Pipelines of the plan that failed although their ranks live."""
         self._break_until_s: dict[str, float] = {}
         """Broken pipelines whose lost instance is not known yet."""
-        self._decide_at_s = math.inf
-        self._causes: list[tuple[str, float]] = []
+        self._agenda = Agenda()
+        self._prepare_timeout_s = prepare_timeout_s
+        self._is_advisory = is_advisory
         self._hold_until_s = -math.inf
         self._awaited: set[str] = set()
         """Instances of a restored plan that have not shown up yet."""
@@ -88,7 +102,7 @@ class PlannerState:
         self.plan, self.model = plan, plan.model
         self.history.extend(history)
         migration_s = {r.pipeline.id: plan.explanation.migration_s for r in plan.retiring}
-        self._rollout.adopt(plan, migration_s, restored_at_s=now_s)
+        self._rollout.adopt(plan, migration_s, now_s, is_restored=True)
         needed = [*plan.pipelines, *(r.pipeline for r in self._rollout.open_retirements())]
         self._awaited = {shard.instance for p in needed for stage in p.stages for shard in stage.shards}
         self._hold_until_s = now_s + RESTORE_HOLD_S
@@ -102,12 +116,11 @@ class PlannerState:
 
     def next_wakeup_s(self, now_s: float) -> float:
         """When a `Tick` is due at the latest; infinite if nothing waits for time to pass."""
-        decide_at_s = max(self._decide_at_s, self._hold_until_s) if self._awaited else self._decide_at_s
         return min(
-            decide_at_s,
-            self._hold_until_s if self._awaited else math.inf,
+            self._hold_until_s if self._awaited else self._agenda.due_at_s,
+            self.fleet.next_wakeup_s(),
             self._setbacks.next_wakeup_s(),
-            self._rollout.next_wakeup_s(now_s),
+            self._rollout.next_wakeup_s(now_s, self._prepare_timeout_s),
             *self._break_until_s.values(),
         )
 
@@ -118,6 +131,9 @@ class PlannerState:
             instances=self.fleet.statuses(),
             plan=self.plan,
             history=list(self.history),
+            advisory=self._is_advisory,
+            num_failed_decisions=self._agenda.num_failed,
+            last_failure=self._agenda.last_failure,
         )
 
     # --- Hear ---
@@ -128,10 +144,14 @@ class PlannerState:
                 return self._hear_inventory(event, now_s)
             case InstanceReached():
                 return self._hear_reached(event.instance, now_s)
+            case InstanceRequested():
+                self.fleet.apply(event.instance, Sign.REQUESTED, now_s, event.market)
             case InstanceStarting():
                 self.fleet.apply(event.instance, Sign.LAUNCHED, now_s, event.market)
             case PreemptionNotice():
                 return self._hear_notice(event, now_s)
+            case NoticeCancelled():
+                return self._withdraw_notice(event.instance, "its notice was cancelled", now_s)
             case InstanceLost():
                 return self._lose(event.instance, event.reason, event.detected_at_s or now_s, now_s)
             case LoadReport():
@@ -157,10 +177,14 @@ class PlannerState:
         instance.inventory, instance.market = inventory, inventory.market
         if not instance.reached:
             return [*effects, WatchInstance(instance=name, address=inventory.liveness_address)]
-        self._rollout.note_inventory(inventory)
+        self._note_inventory(inventory, now_s)
         if before is not None and _identities(before.ranks) != _identities(inventory.ranks):
             self._want_decision(f"the ranks of {name} have changed", now_s, now_s)
         return effects
+
+    def _note_inventory(self, inventory: InstanceInventory, now_s: float) -> None:
+        for name in self._rollout.note_inventory(inventory, now_s):
+            self._break_until_s.setdefault(name, now_s + BREAK_WAIT_S)
 
     def _hear_reached(self, name: str, now_s: float) -> list[Effect]:
         instance = self.fleet.instances.get(name)
@@ -168,7 +192,7 @@ class PlannerState:
             return []
         self.fleet.apply(name, Sign.REACHED, now_s)
         instance.reached = True
-        self._rollout.note_inventory(instance.inventory)
+        self._note_inventory(instance.inventory, now_s)
         if name in self._awaited:
             self._awaited.discard(name)
             self._want_decision(f"instance {name} found again after the planner's restart", now_s, now_s)
@@ -189,6 +213,13 @@ class PlannerState:
         left_s = notice.deadline_s - now_s
         self._want_decision(f"{notice.instance} will be preempted in {left_s:.1f} s", now_s, now_s)
         return [Report(event="preemption notice", fields={"instance": notice.instance, "left_s": f"{left_s:.3f}"})]
+
+    def _withdraw_notice(self, name: str, why: str, now_s: float) -> list[Effect]:
+        """It is not taken away after all: what has not stopped because of its notice goes on."""
+        if not self.fleet.withdraw_notice(name, now_s):
+            return []
+        self._want_decision(f"{name} stays: {why}", now_s, now_s)
+        return [Report(event="notice withdrawn", fields={"instance": name, "reason": why}, severity=Severity.WARNING)]
 
     def _lose(self, name: str, reason: str, detected_at_s: float, now_s: float) -> list[Effect]:
         instance = self.fleet.instances.get(name)
@@ -221,7 +252,7 @@ class PlannerState:
             self._want_decision(change, now_s, now_s)
 
     def _hear_progress(self, progress: RankProgress, now_s: float) -> list[Effect]:
-        self._rollout.note_progress(progress)
+        self._rollout.note_progress(progress, now_s)
         pipeline = self._current(progress.pipeline)
         if pipeline is None or progress.pipeline in self._ruined:
             return []
@@ -229,6 +260,11 @@ class PlannerState:
         if progress.phase is Phase.PREPARE_FAILED:
             self._ruin(pipeline, progress.rank, f"{progress.rank} could not prepare {pipeline.id}", now_s)
             return [Report(event="prepare failed", fields=fields, severity=Severity.WARNING)]
+        if progress.phase is Phase.STOPPED and self._is_planned(pipeline.id):
+            # It was told to stop before the plan took it back, and the plan came too late.
+            self._ruined.add(pipeline.id)
+            self._want_decision(f"{pipeline.id} has stopped although it is planned", now_s, now_s)
+            return [Report(event="pipeline stopped", fields=fields)]
         if progress.phase is Phase.BROKEN and pipeline.id not in self._break_until_s:
             self._break_until_s[pipeline.id] = now_s + BREAK_WAIT_S
             instances = sorted({shard.instance for stage in pipeline.stages for shard in stage.shards})
@@ -241,18 +277,47 @@ class PlannerState:
     # --- Decide ---
 
     def _advance(self, now_s: float) -> list[Effect]:
+        effects = self._end_states(now_s)
         for name, until_s in list(self._break_until_s.items()):
             pipeline = self._current(name)
             if until_s <= now_s and pipeline is not None:
                 self._ruin(pipeline, None, f"{name} broke, and all its instances live", now_s)
             if until_s <= now_s or pipeline is None:
                 del self._break_until_s[name]
+        effects += self._end_hangs(now_s)
         for rank in self._setbacks.pop_expired(now_s):
             self._want_decision(f"{rank} may be tried again", now_s, now_s)
-        effects = self._end_hold(now_s)
-        if not self._awaited and self._decide_at_s <= now_s:
+        effects += self._end_hold(now_s)
+        if not self._awaited and self._agenda.due_at_s <= now_s:
             effects += self._decide(now_s)
         return effects + [PublishArrange(arrange=arrange) for arrange in self._rollout.due_arranges(now_s)]
+
+    def _end_states(self, now_s: float) -> list[Effect]:
+        """Instances that never came, and those that their deadline has not taken."""
+        effects: list[Effect] = []
+        for instance in self.fleet.overdue(now_s):
+            if instance.state is not InstanceState.GRACE:
+                effects += self._lose(instance.id, f"{instance.state} for too long, it never joined", now_s, now_s)
+            elif instance.is_alive:
+                why = f"it lives {OUTLIVED_S:g} s after its deadline, the notice was false"
+                effects += self._withdraw_notice(instance.id, why, now_s)
+            else:
+                effects += self._lose(instance.id, "its notice ran out before it joined", now_s, now_s)
+        return effects
+
+    def _end_hangs(self, now_s: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for pipeline, waiting in self._rollout.hung(now_s, self._prepare_timeout_s):
+            if pipeline.id in self._ruined:
+                continue
+            names = ", ".join(waiting)
+            culprit = waiting[0] if len(waiting) == 1 else None
+            self._ruined.add(pipeline.id)
+            retry_at_s = self._setbacks.note_hang(frozenset(pipeline.ranks()), culprit, now_s)
+            self._want_decision(f"{names} did not prepare {pipeline.id} in time", now_s, retry_at_s)
+            fields = {"pipeline": pipeline.id, "waits_for": names}
+            effects.append(Report(event="prepare hangs", fields=fields, severity=Severity.WARNING))
+        return effects
 
     def _end_hold(self, now_s: float) -> list[Effect]:
         if not self._awaited or now_s < self._hold_until_s:
@@ -261,44 +326,73 @@ class PlannerState:
         return [effect for name in sorted(self._awaited) for effect in self._lose(name, reason, now_s, now_s)]
 
     def _decide(self, now_s: float) -> list[Effect]:
-        causes, self._causes, self._decide_at_s = self._causes, [], math.inf
+        cause, cause_at_s = self._agenda.take(now_s)
         if self.model is None:
             return []
-        situation = self._situation(self.model, causes, now_s)
+        migration_s: dict[str, float] = {}
+        try:
+            situation = self._situation(self.model, cause, cause_at_s, now_s)
+            plan = make_plan(situation, now_s)
+            if plan is not None:
+                check_plan(plan, self.plan)
+                migration_s = {r.pipeline.id: retirement_kv_s(situation, r) for r in plan.retiring if not r.broken}
+        except Exception as error:  # noqa: BLE001 - whatever it is: the fleet serves on with the last good plan
+            return self._fail(cause, cause_at_s, error, now_s)
+        self._agenda.note_success(math.inf)
         self._load.note_decision(situation.workload.arrivals_per_s, now_s)
-        plan = make_plan(situation, now_s)
         if plan is None:
-            return [Report(event="plan unchanged", fields={"cause": situation.cause})]
-        check_plan(plan, self.plan)
+            return [Report(event="plan unchanged", fields={"cause": cause})]
+        if self._is_advisory and not _is_forced(situation):
+            return self._advise(plan)
+        return self._adopt(plan, migration_s, now_s)
+
+    def _adopt(self, plan: Plan, migration_s: Mapping[str, float], now_s: float) -> list[Effect]:
         self.plan = plan
         self.history.appendleft(plan.explanation)
-        migration_s = {r.pipeline.id: retirement_kv_s(situation, r) for r in plan.retiring if not r.broken}
-        self._rollout.adopt(plan, migration_s)
+        self._rollout.adopt(plan, migration_s, now_s)
         self._ruined &= {p.id for p in [*plan.pipelines, *(r.pipeline for r in plan.retiring)]}
         return [PublishPlan(plan=plan)]
 
-    def _situation(self, model: ModelShape, causes: list[tuple[str, float]], now_s: float) -> Situation:
-        texts = list(dict.fromkeys(text for text, _ in causes))
+    def _advise(self, plan: Plan) -> list[Effect]:
+        explanation = msgspec.structs.replace(plan.explanation, advisory=True)
+        self.history.appendleft(explanation)
+        return [PublishAdvice(explanation=explanation)]
+
+    def _fail(self, cause: str, cause_at_s: float, error: Exception, now_s: float) -> list[Effect]:
+        failure = f"{type(error).__name__}: {error}"
+        self._agenda.note_failure(cause, cause_at_s, failure, now_s)
+        trace = traceback.extract_tb(error.__traceback__)
+        fields = {
+            "cause": cause,
+            "error": failure,
+            "at": f"{trace[-1].filename.rpartition('/')[2]}:{trace[-1].lineno}" if trace else "",
+            "ranks": ",".join(self.fleet.ranks()),
+            "epoch": str(self.plan.epoch if self.plan is not None else 0),
+        }
+        return [Report(event="decision failed, the last plan stands", fields=fields, severity=Severity.ERROR)]
+
+    def _situation(self, model: ModelShape, cause: str, cause_at_s: float, now_s: float) -> Situation:
+        ranks = self.fleet.ranks()
+        noticed = {name for name, rank in ranks.items() if rank.deadline_s is not None}
         return Situation(
             model=model,
             profile=self._profile(),
-            ranks=self.fleet.ranks(),
+            ranks=ranks,
             targets=self.targets,
             workload=self._load.workload(model.max_model_len, now_s),
             last=self.plan,
-            cause="; ".join(texts),
-            cause_at_s=min((at_s for _, at_s in causes), default=now_s),
+            cause=cause,
+            cause_at_s=cause_at_s,
             excluded_ranks=self._setbacks.excluded(now_s),
             ruined=frozenset(self._ruined),
             settled=self._rollout.settled(),
             untouched=self._rollout.untouched(),
             open_retirements=self._rollout.open_retirements(),
-            revivable=self._rollout.revivable(),
+            revivable=self._rollout.revivable(now_s, noticed),
         )
 
     def _want_decision(self, cause: str, cause_at_s: float, decide_at_s: float) -> None:
-        self._causes.append((cause, cause_at_s))
-        self._decide_at_s = min(self._decide_at_s, decide_at_s)
+        self._agenda.want(cause, cause_at_s, decide_at_s)
 
     def _ruin(self, pipeline: Pipeline, culprit: str | None, cause: str, now_s: float) -> None:
         self._ruined.add(pipeline.id)
@@ -330,6 +424,9 @@ class PlannerState:
         known = [*self.plan.pipelines, *(r.pipeline for r in self._rollout.open_retirements())]
         return next((p for p in known if p.id == pipeline), None)
 
+    def _is_planned(self, pipeline: str) -> bool:
+        return self.plan is not None and any(p.id == pipeline for p in self.plan.pipelines)
+
     def _profile(self) -> StepProfile | None:
         """Of the first living instance that has one: decisions must not change with the order of messages."""
         return next(
@@ -340,6 +437,15 @@ class PlannerState:
             ),
             None,
         )
+
+
+def _is_forced(situation: Situation) -> bool:
+    """Without a new plan nothing serves, or a pipeline that serves is lost."""
+    pipelines = situation.last.pipelines if situation.last is not None else []
+    return not pipelines or any(
+        not situation.is_intact(p) or any(situation.ranks[name].deadline_s is not None for name in p.ranks())
+        for p in pipelines
+    )
 
 
 def _identities(ranks: list[RankInventory]) -> list[tuple[str, str, str]]:

@@ -29,10 +29,14 @@ from nats.js.kv import KeyValue
 
 from planner.protocol import (
     Arrange,
+    DesiredCapacity,
+    Explanation,
     InstanceInventory,
     InstanceLost,
+    InstanceRequested,
     InstanceStarting,
     LoadReport,
+    NoticeCancelled,
     Plan,
     PlannerSubjects,
     PreemptionNotice,
@@ -44,6 +48,8 @@ from planner.telemetry import line
 log = logging.getLogger("planner.bus")
 
 PLAN_KEY: Final = "current"
+ADVICE_KEY: Final = "advice"
+DESIRED_KEY: Final = "desired"
 DURABLE: Final = "planner"
 RETRY_S: Final = 0.2
 REQUEST_TIMEOUT_S: Final = 2.0
@@ -53,7 +59,7 @@ HOUR_S: Final = 3600.0
 STALE_LAUNCH_S: Final = 600.0
 """An older launch in the stream is of an instance that never came."""
 
-CapacityMessage = InstanceStarting | PreemptionNotice | InstanceLost
+CapacityMessage = InstanceRequested | InstanceStarting | PreemptionNotice | NoticeCancelled | InstanceLost
 Incoming = CapacityMessage | InstanceInventory | LoadReport | RankProgress
 T = TypeVar("T")
 
@@ -75,6 +81,7 @@ class Bus:
         self._js: JetStreamContext
         self._plans: KeyValue
         self._inventories: KeyValue
+        self._fleet: KeyValue
         self._capacity: JetStreamContext.PullSubscription
         self._reconnected = asyncio.Event()
         self._last_error = ""
@@ -131,6 +138,7 @@ class Bus:
         self._inventories = await self._bucket(
             KeyValueConfig(bucket=subjects.inventory_bucket, ttl=INVENTORY_TTL_S, storage=StorageType.FILE)
         )
+        self._fleet = await self._bucket(KeyValueConfig(bucket=subjects.fleet_bucket, storage=StorageType.FILE))
 
     async def _add_stream(self, config: StreamConfig) -> None:
         try:
@@ -251,7 +259,7 @@ class Bus:
         for message in messages:
             capacity = _decode(message.subject, message.data, _capacity_decoder)
             age_s = time.time() - message.metadata.timestamp.timestamp()
-            is_stale = isinstance(capacity, InstanceStarting) and age_s > STALE_LAUNCH_S
+            is_stale = isinstance(capacity, InstanceRequested | InstanceStarting) and age_s > STALE_LAUNCH_S
             decoded += [capacity] if capacity is not None and not is_stale else []
             await message.ack()
         return decoded
@@ -274,6 +282,16 @@ class Bus:
 
     async def publish_arrange(self, arrange: Arrange) -> None:
         await self._nc.publish(self._subjects.arrange, _encode(arrange))
+
+    async def publish_advice(self, explanation: Explanation) -> None:
+        """Keep it; nobody acts on it."""
+        await self._plans.put(ADVICE_KEY, _encode(explanation))
+
+    async def publish_desired(self, desired: DesiredCapacity) -> None:
+        """Keep it, then announce it."""
+        payload = _encode(desired)
+        await self._fleet.put(DESIRED_KEY, payload)
+        await self._nc.publish(self._subjects.desired, payload)
 
     async def close(self) -> None:
         if self._nc.is_connected:

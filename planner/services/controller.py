@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from typing import Final
 
 from nats.errors import Error as NatsError
 
@@ -15,7 +16,9 @@ from planner.core.effects import (
     ForgetInstance,
     InstanceReached,
     ProbeInstances,
+    PublishAdvice,
     PublishArrange,
+    PublishDesired,
     PublishPlan,
     Report,
     Severity,
@@ -24,7 +27,7 @@ from planner.core.effects import (
 )
 from planner.core.state_machine import PlannerState
 from planner.errors import PlannerError
-from planner.protocol import Arrange, InstanceLost, Plan
+from planner.protocol import Arrange, DesiredCapacity, Explanation, InstanceLost, Plan
 from planner.services.bus import RETRY_S, Bus, Incoming
 from planner.services.liveness import Liveness
 from planner.settings import Settings
@@ -32,10 +35,16 @@ from planner.telemetry import Tracing, line
 
 log = logging.getLogger("planner")
 
+LEVELS: Final = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR}
+
 
 class Controller:
     def __init__(self, settings: Settings, tracing: Tracing) -> None:
-        self._state = PlannerState(settings.targets)
+        self._state = PlannerState(
+            settings.targets,
+            prepare_timeout_s=settings.prepare_timeout_s,
+            is_advisory=settings.advisory,
+        )
         self._tracing = tracing
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._liveness = Liveness(self._hear, settings.heartbeat_timeout_s)
@@ -117,6 +126,13 @@ class Controller:
                 names = ",".join(arrange.pipelines)
                 log.info(line("arrange", epoch=arrange.epoch, pipelines=names, left_s=left_s))
                 self._outbox.put_arrange(arrange)
+            case PublishAdvice(explanation=explanation):
+                log.info(line("advice", **_explanation_fields(explanation)))
+                self._outbox.put_advice(explanation)
+            case PublishDesired(desired=desired):
+                fields = {"spot": desired.spot, "on_demand": desired.on_demand, "release": ",".join(desired.release)}
+                log.info(line("desired capacity", **fields, reason=desired.reason))
+                self._outbox.put_desired(desired)
             case WatchInstance(instance=instance, address=address):
                 self._liveness.watch(instance, address)
             case ForgetInstance(instance=instance):
@@ -124,8 +140,7 @@ class Controller:
             case ProbeInstances(instances=instances):
                 self._liveness.probe(instances)
             case Report(event=event, fields=fields, severity=severity):
-                level = logging.WARNING if severity is Severity.WARNING else logging.INFO
-                log.log(level, line(event, **fields))
+                log.log(LEVELS[severity], line(event, **fields))
 
 
 class Outbox:
@@ -137,6 +152,9 @@ class Outbox:
         self._headers: dict[str, str] = {}
         self._is_sent = True
         self._arranges: list[Arrange] = []
+        self._advice: Explanation | None = None
+        self._desired: DesiredCapacity | None = None
+        self._is_desired_sent = True
         self._wake = asyncio.Event()
 
     def adopt(self, plan: Plan) -> None:
@@ -152,9 +170,18 @@ class Outbox:
         self._arranges.append(arrange)
         self._wake.set()
 
+    def put_advice(self, explanation: Explanation) -> None:
+        self._advice = explanation
+        self._wake.set()
+
+    def put_desired(self, desired: DesiredCapacity) -> None:
+        self._desired, self._is_desired_sent = desired, False
+        self._wake.set()
+
     def resend(self) -> None:
         """The server was away: it may have lost the plan, and others its announcement."""
         self._is_sent = self._plan is None
+        self._is_desired_sent = self._desired is None
         self._wake.set()
 
     async def run(self) -> None:
@@ -175,21 +202,34 @@ class Outbox:
             self._is_sent = plan is self._plan
         while self._arranges and self._is_sent:
             await self._bus.publish_arrange(self._arranges.pop(0))
+        while not self._is_desired_sent and self._desired is not None:
+            desired = self._desired
+            await self._bus.publish_desired(desired)
+            self._is_desired_sent = desired is self._desired
+        while self._advice is not None:
+            advice = self._advice
+            await self._bus.publish_advice(advice)
+            self._advice = None if advice is self._advice else self._advice
 
 
 def _plan_line(plan: Plan, decide_s: float) -> str:
-    explanation = plan.explanation
-    config = explanation.chosen
     return line(
         "plan",
         epoch=plan.epoch,
-        cause=explanation.cause,
-        config=f"{config.data}x{config.pipeline}x{config.tensor}" if config else "none",
         pipelines=",".join(p.id for p in plan.pipelines) or "none",
         retiring=",".join(r.pipeline.id for r in plan.retiring) or "none",
-        moved_mb=round(explanation.bytes_moved / 1e6, 1),
-        reused_mb=round(explanation.bytes_reused / 1e6, 1),
-        since_cause_s=f"{explanation.decided_at_s - explanation.cause_at_s:.3f}",
         decide_ms=round(decide_s * 1000, 1),
-        notes="; ".join(explanation.notes) or "none",
+        **_explanation_fields(plan.explanation),
     )
+
+
+def _explanation_fields(explanation: Explanation) -> dict[str, object]:
+    config = explanation.chosen
+    return {
+        "cause": explanation.cause,
+        "config": f"{config.data}x{config.pipeline}x{config.tensor}" if config else "none",
+        "moved_mb": round(explanation.bytes_moved / 1e6, 1),
+        "reused_mb": round(explanation.bytes_reused / 1e6, 1),
+        "since_cause_s": f"{explanation.decided_at_s - explanation.cause_at_s:.3f}",
+        "notes": "; ".join(explanation.notes) or "none",
+    }

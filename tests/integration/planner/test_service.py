@@ -378,35 +378,3 @@ async def test_bad_setting_is_named(tmp_path):
         )
     assert await asyncio.wait_for(process.wait(), 10) == 2
     assert "SPOTSERVE_PLANNER_MAX_BATCH" in planner.text()
-
-
-async def test_it_ends_with_its_parent(tmp_path):
-    server = NatsServer(tmp_path / "nats")
-    await server.start()
-    planner = Planner(server.url, tmp_path / "log")
-    script = (
-        "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-m', 'planner'])\n"
-        "print(child.pid, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    with planner.log.open("wb") as sink:
-        parent = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", script, env=planner.environ | {"SPOTSERVE_DIE_WITH_PARENT": "1"},
-            stdout=asyncio.subprocess.PIPE, stderr=sink,
-        )  # fmt: skip
-    try:
-        assert parent.stdout is not None
-        pid = int(await parent.stdout.readline())
-        await until(lambda: "planner ready" in planner.text(), 15)
-    finally:
-        parent.kill()
-        await parent.wait()
-    await until(lambda: "planner stopped" in planner.text(), 5)
-    await until(lambda: not is_running(pid), 5)
-    await server.stop()
-
-
-def is_running(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
