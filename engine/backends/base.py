@@ -14,7 +14,7 @@ from engine.core.roles import Position, Unit
 from engine.core.scheduler import OutEntry, PullOrder
 from engine.core.sequence import SequenceKey
 from engine.protocol import GenerateRequest, PullReply, PullRequest, SubmitReply, TokenEntry
-from planner.protocol import ModelShape, StepProfile, Transfer
+from planner.protocol import MeasuredStep, ModelShape, StepProfile, Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Snapshot:
     total_kv_blocks: int = 0
     free_kv_blocks: int = 0
     kv_tokens: int = 0
+    measured_step: MeasuredStep | None = None
 
 
 @dataclass(frozen=True, slots=True)

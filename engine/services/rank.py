@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from engine.backends.base import Backend, LedPipeline, PrepareReport, RunningPipeline, Snapshot
 from engine.context.transport import ContextServer, as_ranges
+from engine.core.frames import in_frames
 from engine.core.roles import Position, change_role, position_of
 from engine.core.scheduler import OutEntry, PullOrder
 from engine.errors import EngineError
@@ -29,6 +30,7 @@ from engine.protocol import (
     ResendReply,
     ResendRequest,
     SubmitReply,
+    TokenEntry,
     TokenFrame,
 )
 from engine.services.bus import Bus
@@ -443,13 +445,14 @@ class RankService:
             batch = [await self._outbox.get()]
             while not self._outbox.empty():
                 batch.append(self._outbox.get_nowait())
-            frames: dict[tuple[str, str], list[OutEntry]] = {}
+            by_reader: dict[tuple[str, str], list[TokenEntry]] = {}
             for gateway, pipeline, out in batch:
-                frames.setdefault((gateway, pipeline), []).append(out)
+                by_reader.setdefault((gateway, pipeline), []).append(out.entry)
             epoch = self._plan.epoch if self._plan else 0
-            for (gateway, pipeline), entries in frames.items():
-                frame = TokenFrame(pipeline=pipeline, epoch=epoch, entries=[out.entry for out in entries])
-                await self._bus.publish(self._bus.engine.tokens(gateway, pipeline), frame)
+            for (gateway, pipeline), entries in by_reader.items():
+                for frame in in_frames(entries):
+                    message = TokenFrame(pipeline=pipeline, epoch=epoch, entries=frame)
+                    await self._bus.publish(self._bus.engine.tokens(gateway, pipeline), message)
 
     async def _publish_states(self) -> None:
         while True:
@@ -511,9 +514,9 @@ class RankService:
                 await self._tell(progress)
 
     def _report(self) -> RankReport:
-        kv_tokens = 0
+        led = Snapshot()
         if self._running is not None and isinstance(self._running[1], LedPipeline):
-            kv_tokens = self._running[1].snapshot().kv_tokens
+            led = self._running[1].snapshot()
         inventory = RankInventory(
             rank=self._rank,
             device=self._settings.device,
@@ -523,7 +526,8 @@ class RankService:
             units=as_ranges(self._backend.units()),
             pipeline=self._running[0].pipeline.id if self._running else None,
             prepared=sorted(self._prepared),
-            kv_tokens=kv_tokens,
+            kv_tokens=led.kv_tokens,
+            measured_step=led.measured_step,
         )
         return RankReport(
             inventory=inventory,

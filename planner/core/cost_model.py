@@ -186,7 +186,7 @@ class CostModel:
     # --- Time ---
 
     def step_ms(
-        self, pipeline: int, tensor: int, *, num_decoding: int, prefill_tokens: int = 0, context_tokens: float = 0
+        self, pipeline: int, tensor: int, *, num_decoding: float, prefill_tokens: int = 0, context_tokens: float = 0
     ) -> float:
         """One step of one pipeline: each of `num_decoding` sequences gets one token, and `prefill_tokens` prompt
         tokens are processed beside them. `context_tokens` is the mean context of a decoding sequence; 0: the context

@@ -30,6 +30,7 @@ from engine.core.arranger import steps_before_stop
 from engine.core.roles import Position
 from engine.core.scheduler import OutEntry, Scheduler, Step, StepExtras
 from engine.core.sequence import SequenceKey
+from engine.core.step_meter import StepMeter
 from engine.errors import GrammarError, PipelineBroken
 from engine.protocol import (
     GenerateRequest,
@@ -229,6 +230,7 @@ class Leader(PipelineThread):
         self._arrange: tuple[float | None, float] | None = None
         self._margin_s = arrange_margin_s
         self._step_s = 0.05
+        self._meter = StepMeter(parts.num_stages)
         self._under_way: deque[_UnderWay] = deque()
         self._snapshot = Snapshot()
 
@@ -405,6 +407,7 @@ class Leader(PipelineThread):
                 for part in step.slices
             ],
         )
+        self._meter.launched(len(part.token_ids) for part in step.slices)
         self._tell(RunStep(token_ids=batch.token_ids, sequences=batch.sequences))
         out = self._forward(batch, None)
         if parts.num_stages > 1:
@@ -424,7 +427,13 @@ class Leader(PipelineThread):
         if tokens:
             took_s = time.perf_counter() - done.started_s
             self._step_s += _STEP_TIME_WEIGHT * (took_s - self._step_s)
+            self._note_step(step, took_s)
         self._publish(self.scheduler.commit(step.step_id, tokens, time.time(), extras))
+
+    def _note_step(self, step: Step, took_s: float) -> None:
+        num_sequences = len(step.slices) + sum(len(other.step.slices) for other in self._under_way)
+        mean_context_tokens = sum(part.context_tokens for part in step.slices) / len(step.slices)
+        self._meter.finished(num_sequences, mean_context_tokens, took_s)
 
     def _gather_logits(self, num_rows: int, own: Tensor | None) -> Tensor:
         """Logits [num_rows, vocab] from the shards of the last stage."""
@@ -473,6 +482,7 @@ class Leader(PipelineThread):
             total_kv_blocks=counts.total_kv_blocks,
             free_kv_blocks=counts.free_kv_blocks,
             kv_tokens=(counts.total_kv_blocks - counts.free_kv_blocks) * block_tokens,
+            measured_step=self._meter.measured,
         )
 
 
