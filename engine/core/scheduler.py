@@ -13,6 +13,7 @@ from collections import deque
 import msgspec
 
 from engine.core.block_manager import BlockManager
+from engine.core.frames import shortened
 from engine.core.scheduler_types import (
     CostEstimate,
     Counts,
@@ -138,12 +139,15 @@ class Scheduler:
         self._draining = True
 
     def resend(self, request_id: str, choice: int, from_index: int) -> TokenEntry | None:
-        """What is known of a live, parked or lately ended sequence from `from_index` on; None if nothing is."""
+        """What is known of a live, parked or lately ended sequence from `from_index` on; None if nothing is.
+
+        As much of it as fits into a message.
+        """
         key = SequenceKey(request_id, choice)
         sequence = self._sequences.get(key) or self._ended.get(key)
         if sequence is None or not sequence.num_without_logprobs <= from_index <= sequence.num_committed:
             return None
-        return sequence.entry(from_index)
+        return shortened(sequence.entry(from_index))
 
     # --- Steps ------------------------------------------------------------------------------------------------
 

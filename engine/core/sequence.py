@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, NamedTuple
 
+from engine.core.frames import MAX_VALUES
 from engine.errors import TransitionError
 from engine.protocol import (
     FinishReason,
@@ -20,8 +21,6 @@ from engine.protocol import (
 )
 
 MAX_LOGPROBS: Final = 100
-MAX_PROMPT_LOGPROBS: Final = 50_000
-"""Of all prompt tokens together: they travel in one message."""
 BANNED_BIAS: Final = -100.0
 
 
@@ -231,8 +230,8 @@ def _invalid_extras(request: GenerateRequest, vocab_size: int) -> str | None:
             return f"sampling.logit_bias: must be finite, got {bias} for token {token_id}"
     if sampling.prompt_logprobs is not None:
         number = (1 + sampling.prompt_logprobs) * len(request.prompt_ids)
-        if number > MAX_PROMPT_LOGPROBS:
-            return f"sampling.prompt_logprobs: {number} values for this prompt, at most {MAX_PROMPT_LOGPROBS}"
+        if number > MAX_VALUES:
+            return f"sampling.prompt_logprobs: {number} values for this prompt, at most {MAX_VALUES}"
     if sampling.grammar is not None and not sampling.eos_token_ids:
         return "sampling.eos_token_ids: must not be empty with a grammar"
     return None

@@ -29,6 +29,8 @@ class Grammars:
         self.vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._tokenizer: LLTokenizer | None = None
+        self.end_ids: list[int] = []
+        """What llguidance takes for ends; known once a grammar was compiled."""
         self._compiled: dict[str, LLMatcher] = {}
         self._lock = threading.Lock()
 
@@ -61,6 +63,7 @@ class Grammars:
                 )
             except ValueError as error:
                 raise GrammarError(f"the model's tokenizer cannot be used for it: {error}") from error
+            self.end_ids = list(self._tokenizer.eos_tokens)
         return self._tokenizer
 
 
@@ -93,8 +96,8 @@ class GrammarMasks:
         matcher = self._advance(part)
         bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
         mask = torch.from_numpy(bits[: self._grammars.vocab_size].astype(np.bool_))
-        ends = [token for token in part.sampling.eos_token_ids if 0 <= token < len(mask)]
-        mask[ends] = matcher.is_accepting()
+        mask[self._grammars.end_ids] = False  # The request's own count.
+        mask[[token for token in part.sampling.eos_token_ids if 0 <= token < len(mask)]] = matcher.is_accepting()
         if matcher.is_error() or not bool(mask.any()):
             raise GrammarError(_first_line(matcher.get_error()) or "it allows no token here")
         return mask.to(self._device)

@@ -3,7 +3,16 @@ import math
 import msgspec
 import pytest
 
-from engine.core.scheduler import ENDED_KEPT, ENDED_KEPT_S, CostEstimate, Scheduler, SchedulerLimits, SequenceKey
+from engine.core.scheduler import (
+    ENDED_KEPT,
+    ENDED_KEPT_S,
+    SCORED_ROWS,
+    CostEstimate,
+    Scheduler,
+    SchedulerLimits,
+    SequenceKey,
+    StepExtras,
+)
 from engine.core.sequence import Event, Sequence
 from engine.errors import ProtocolError, TransitionError
 from engine.protocol import (
@@ -14,6 +23,7 @@ from engine.protocol import (
     RejectReason,
     ResumeStats,
     SamplingParams,
+    TokenLogprobs,
 )
 
 EOS = 2
@@ -85,6 +95,18 @@ def rows(step):
         ({"sampling": {"top_p": 1.1}}, "sampling.top_p"),
         ({"sampling": {"top_k": -1}}, "sampling.top_k"),
         ({"sampling": {"min_p": 1.1}}, "sampling.min_p"),
+        ({"sampling": {"presence_penalty": math.nan}}, "sampling.presence_penalty"),
+        ({"sampling": {"frequency_penalty": math.inf}}, "sampling.frequency_penalty"),
+        ({"sampling": {"repetition_penalty": 0.0}}, "sampling.repetition_penalty"),
+        ({"sampling": {"logit_bias": {50: 1.0}}}, "sampling.logit_bias"),
+        ({"sampling": {"logit_bias": {-1: 1.0}}}, "sampling.logit_bias"),
+        ({"sampling": {"logit_bias": {1: math.nan}}}, "sampling.logit_bias"),
+        ({"sampling": {"logprobs": 51}}, "sampling.logprobs"),
+        ({"sampling": {"logprobs": -1}}, "sampling.logprobs"),
+        ({"sampling": {"prompt_logprobs": 51}}, "sampling.prompt_logprobs"),
+        ({"prompt_ids": [1] * 2000, "sampling": {"prompt_logprobs": 25}}, "sampling.prompt_logprobs"),
+        ({"sampling": {"max_tokens": -1, "prompt_logprobs": 0}}, "sampling.max_tokens"),
+        ({"sampling": {"grammar": "start: /a/", "eos_token_ids": []}}, "sampling.eos_token_ids"),
     ],
 )
 def test_invalid_request_names_its_field(fields, named):
@@ -93,6 +115,108 @@ def test_invalid_request_names_its_field(fields, named):
     assert (reply.accepted, reply.reason) == (False, RejectReason.INVALID)
     assert reply.detail.startswith(named + ":")
     assert scheduler.counts().waiting == 0
+
+
+def test_cancel_of_an_attempt_leaves_newer_ones_alone():
+    scheduler = make_scheduler()
+    submit(scheduler, attempt=2)
+    assert scheduler.cancel("a", 0.0, 1) == []
+    [out] = scheduler.cancel("a", 0.0, 2)
+    assert out.entry.finish is FinishReason.CANCELLED
+
+
+# --- Logprobs and what else a step yields ------------------------------------------------------------------------
+
+
+def logprobs_of(*ids):
+    return [TokenLogprobs(-float(token), token) for token in ids]
+
+
+def run_scored(scheduler, token_id=5):
+    """A step whose logprobs tell their token: -id."""
+    scheduler.tick(0.0)
+    step = scheduler.schedule(0.0)
+    extras = StepExtras(
+        {s.key: logprobs_of(token_id)[0] for s in step.slices if s.samples},
+        {s.key: logprobs_of(*s.scored_ids) for s in step.slices},
+    )
+    out = scheduler.commit(step.step_id, [token_id] * sum(s.samples for s in step.slices), 0.0, extras)
+    scheduler.check_invariants()
+    return step, [o.entry for o in out]
+
+
+def test_the_prompt_is_scored_chunk_by_chunk_and_sent_once():
+    scheduler = make_scheduler(max_model_len=200)
+    submit(scheduler, num_prompt=SCORED_ROWS + 6, sampling={"prompt_logprobs": 0, "logprobs": 0})
+    step, entries = run_scored(scheduler)
+    assert ([s.num_logits for s in step.slices], entries) == ([SCORED_ROWS], [])
+    step, [entry] = run_scored(scheduler)
+    assert [s.num_logits for s in step.slices] == [6]
+    assert entry.prompt_logprobs == [None, *logprobs_of(*range(11, 10 + SCORED_ROWS + 6))]
+    assert entry.logprobs == logprobs_of(5)
+    step, [entry] = run_scored(scheduler, 6)
+    assert ([s.num_logits for s in step.slices], entry.prompt_logprobs, entry.logprobs) == ([1], None, logprobs_of(6))
+    again = scheduler.resend("a", 0, 0)
+    assert again.logprobs == logprobs_of(5, 6)
+    assert len(again.prompt_logprobs) == SCORED_ROWS + 6
+    assert scheduler.resend("a", 0, 1).prompt_logprobs is None
+
+
+def test_a_resume_scores_its_prompt_only_if_no_token_has_told_of_it():
+    scheduler = make_scheduler()
+    scoring = {"prompt_logprobs": 0, "logprobs": 0}
+    submit(scheduler, "told", committed=[7], source_tokens=4, sampling=scoring)
+    submit(scheduler, "untold", source_tokens=2, sampling=scoring)
+    orders, _ = scheduler.tick(0.0)
+    assert [order.key.request_id for order in orders] == ["told"], "KV of the prompt does not give its logits"
+    scheduler.pull_done(orders[0].key, True, 0.1, 0.0)
+    _, entries = run_scored(scheduler)
+    assert {e.request_id: e.prompt_logprobs is None for e in entries} == {"told": True, "untold": False}
+    assert scheduler.resend("told", 0, 0) is None, "the logprobs of what it was given are not known"
+    assert scheduler.resend("told", 0, 1).logprobs == logprobs_of(5)
+
+
+def test_an_evicted_sequence_scores_its_prompt_anew():
+    scheduler = make_scheduler(num_blocks=6, block_tokens=4, max_step_tokens=2)
+    submit(scheduler, "old", num_prompt=2, sampling={"max_tokens": 18})
+    run_step(scheduler)
+    submit(scheduler, "young", num_prompt=10, sampling={"prompt_logprobs": 0, "max_tokens": 2})
+    told, num_starts = [], 0
+    while scheduler.counts().running + scheduler.counts().waiting:
+        step, entries = run_scored(scheduler)
+        told += [e for e in entries if e.request_id == "young" and e.prompt_logprobs]
+        num_starts += sum(s.key.request_id == "young" and not s.context_tokens for s in step.slices)
+    assert num_starts == 2
+    [entry] = told
+    assert entry.prompt_logprobs == [None, *logprobs_of(*range(11, 20))]
+
+
+def test_no_tokens_are_made_when_only_the_prompt_is_to_be_scored():
+    scheduler = make_scheduler()
+    submit(scheduler, sampling={"prompt_logprobs": 0, "max_tokens": 0})
+    _, [entry] = run_scored(scheduler)
+    assert (entry.ids, entry.finish, len(entry.prompt_logprobs)) == ([], FinishReason.LENGTH, 3)
+    assert scheduler.counts().free_kv_blocks == scheduler.counts().total_kv_blocks
+
+
+def test_a_sequence_that_cannot_go_on_ends_alone():
+    scheduler = make_scheduler()
+    submit(scheduler, "bad")
+    submit(scheduler, "good")
+    scheduler.tick(0.0)
+    step = scheduler.schedule(0.0)
+    out = scheduler.commit(step.step_id, [5, 5], 0.0, StepExtras(errors={SequenceKey("bad", 0): "why"}))
+    bad, good = (o.entry for o in out)
+    assert (bad.finish, bad.error, bad.ids) == (FinishReason.ERROR, "why", [])
+    assert (good.finish, good.ids) == (None, [5])
+    scheduler.check_invariants()
+
+
+def test_the_end_of_a_grammar_ends_the_sequence_whatever_else_was_asked():
+    scheduler = make_scheduler()
+    submit(scheduler, sampling={"grammar": "start: /a/", "min_tokens": 5, "ignore_eos": True})
+    [entry] = run_step(scheduler, EOS)
+    assert entry.finish is FinishReason.STOP
 
 
 def test_token_ids_are_not_bounded_without_a_vocabulary():

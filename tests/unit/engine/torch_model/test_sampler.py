@@ -53,14 +53,15 @@ def allowed(logits: torch.Tensor, params: SamplingParams, index: int) -> set[int
     if params.temperature < 1e-5:
         return {order[0]}
     weights = [math.exp((score - max(scores)) / params.temperature) for score in scores]
-    kept = order[: params.top_k] if params.top_k else order
-    nucleus: list[int] = []
+    kept = [token for token in order if weights[token] >= params.min_p * weights[order[0]] * (1 - 1e-9)]
+    kept = kept[: params.top_k] if params.top_k else kept
+    nucleus: set[int] = set()
     total, cumulative = sum(weights[token] for token in kept), 0.0
     for token in kept:
-        if cumulative < params.top_p * total * (1 + 1e-9) or not nucleus:
-            nucleus.append(token)
+        if (cumulative < params.top_p * total * (1 + 1e-9) and weights[token] > 0) or not nucleus:
+            nucleus.add(token)
         cumulative += weights[token]
-    return {t for t in nucleus if weights[t] >= params.min_p * weights[order[0]] * (1 - 1e-9) and weights[t] > 0}
+    return nucleus
 
 
 def test_frequencies_follow_the_distribution():
