@@ -1,169 +1,283 @@
-"""Choose the parallel configuration for the ranks that exist (SpotServe's Algorithm 1).
+"""Choose the layout for the ranks that exist, or could be had (SpotServe's Algorithm 1).
 
-Among the configurations that keep up with the arrivals, the least latency; if none does, the most throughput.
-Ranks that exist are paid for, so among nearly equal latencies the one with most throughput wins. A shape that serves
-is kept unless another one is clearly better.
+Among the layouts that keep up with the arrivals, the least latency; if none does, the most throughput. With a latency
+target (SLO): of those that meet it the cheapest, else the least latency. Near-ties go to the cheapest, which is the
+one with fewest instances beyond those that are paid for anyway; ranks that exist and cannot be given back cost
+nothing more, so among equally cheap ones the one with most throughput wins.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Final
 
 import msgspec
 
-from planner.core.cost_model import CostModel, Estimate
+from planner.core.cost_model import CostModel
+from planner.core.layout import NOTHING, Layout, Score, Scorer, Shape, feasible_shapes, fewest_pipelines, filled, weigh
 from planner.protocol import Alternative, ParallelConfig
 
 NEAR_TIE: Final = 0.05
-MIN_GAIN: Final = 0.10
-"""Gain in latency or throughput that is worth changing the shape of pipelines that serve."""
+SAME_THROUGHPUT: Final = 0.01
 MAX_ALTERNATIVES: Final = 16
 
 
 class Objective(StrEnum):
     LATENCY = "latency"
     THROUGHPUT = "throughput"
+    SLO = "slo"
+    """Meet `Targets.latency_s`, then the least cost."""
 
 
 class Targets(msgspec.Struct, frozen=True, kw_only=True):
-    """What the operator asks for. A degree means: this many when the fleet can supply it, else the closest below."""
+    """What the operator asks for. A degree means: this many when the fleet can supply it, else the closest below.
+
+    Raises ValueError where the objective is SLO and there is no latency target.
+    """
 
     data: int | None = None
     pipeline: int | None = None
     tensor: int | None = None
     objective: Objective = Objective.LATENCY
     max_batch: int = 16
+    latency_s: float | None = None
+    """Mean latency of a typical request, queueing included; for the objective SLO."""
+
+    def __post_init__(self) -> None:
+        if self.objective is Objective.SLO and (self.latency_s is None or not self.latency_s > 0):
+            raise ValueError(f"latency_s: the objective slo needs a latency above 0, not {self.latency_s}")
+
+
+class Supply(msgspec.Struct, frozen=True, kw_only=True):
+    """Ranks that there are, or could be."""
+
+    num_ranks: int
+    num_ranks_per_instance: int = 1
+    num_paid_instances: int | None = None
+    """Paid for whether they are used or not; None: all of them."""
+
+    def extra_instances(self, layout: Layout) -> int:
+        """Instances that `layout` costs beyond those that are paid for anyway."""
+        if self.num_paid_instances is None:
+            return 0
+        return max(0, self.num_instances(layout) - self.num_paid_instances)
+
+    def num_instances(self, layout: Layout) -> int:
+        return -(-layout.num_ranks // max(1, self.num_ranks_per_instance))
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
     config: ParallelConfig | None
+    """Of the pipelines that most ranks of the best layout serve in; None if there is none."""
+    best: Score | None
     """None: the model does not fit on these ranks."""
-    alternatives: list[Alternative]
-    """The chosen one first."""
+    why: str
+    stay: Score | None
+    """The best that lets all present pipelines run on; None if there are none, or the targets forbid it."""
+    weighed: list[Score]
+    refused: dict[Shape, str]
+    """Shapes that the targets rule out."""
+    misfits: dict[Shape, str]
+    """Shapes that the model does not fit in."""
 
 
-def choose_config(costs: CostModel, num_ranks: int, targets: Targets, present: tuple[int, int] | None = None) -> Choice:
-    """Weigh all (D, P, M) on up to `num_ranks` ranks; `present` is the (pipeline, tensor) shape that serves now."""
-    verdicts: dict[tuple[int, int, int], str] = {}
-    estimates = _enumerate(costs, num_ranks, verdicts)
-    wanted = _nearest_to_targets(estimates, targets, verdicts)
-    if not wanted:
-        return Choice(config=None, alternatives=_misfits(verdicts))
-    chosen, why = _best(wanted, targets.objective, costs.workload.arrivals_per_s)
-    same_shape = [e for e in wanted if (e.config.pipeline, e.config.tensor) == present]
-    if same_shape and (chosen.config.pipeline, chosen.config.tensor) != present:
-        kept, _ = _best(same_shape, targets.objective, costs.workload.arrivals_per_s)
-        if not _clearly_better(chosen, kept):
-            verdicts[_key(chosen)] = f"better, but by less than {MIN_GAIN:.0%}: not worth a change of shape"
-            chosen, why = kept, "the present shape, and no other is clearly better"
-    return Choice(config=chosen.config, alternatives=_alternatives(chosen, why, estimates, verdicts))
+def choose_layout(
+    costs: CostModel, supply: Supply, targets: Targets, present: Layout = NOTHING, scorer: Scorer | None = None
+) -> Choice:
+    """Weigh the layouts on up to `supply.num_ranks` ranks; `present` is what serves now, on some of them."""
+    scorer = scorer or Scorer(costs)
+    fitting, misfits = feasible_shapes(costs, supply.num_ranks)
+    shapes, refused = _nearest_to_targets(fitting, targets)
+    weighed = _nearest_to_data(weigh(scorer, shapes, supply.num_ranks, targets.data), targets)
+    weighed += _smaller_ones(scorer, shapes, weighed, supply, targets)
+    best, why = pick(weighed, supply, targets) if weighed else (None, "")
+    stay = None
+    if best is not None and present.counts and set(shapes).issuperset(shape for shape, _ in present.counts):
+        limit = best.layout.num_pipelines if targets.data is not None else supply.num_ranks
+        staying = filled(scorer, shapes, present, supply.num_ranks, limit)
+        staying = [s for s in staying if targets.data is None or s.layout.num_pipelines == best.layout.num_pipelines]
+        stay = pick(staying, supply, targets)[0] if staying else None
+    if stay is not None and best is not None and pick([best, stay], supply, targets)[0] is stay:
+        best = stay
+    return Choice(
+        config=best.layout.configs(costs)[0] if best is not None else None,
+        best=best,
+        why=why,
+        stay=stay,
+        weighed=weighed,
+        refused=refused,
+        misfits={shape: _misfit(costs, shape) for shape in misfits},
+    )
 
 
-def _enumerate(costs: CostModel, num_ranks: int, verdicts: dict[tuple[int, int, int], str]) -> list[Estimate]:
-    estimates = []
-    for tensor in range(1, min(num_ranks, costs.model.num_head_groups) + 1):
-        if costs.model.num_head_groups % tensor:
-            continue
-        for pipeline in range(1, min(num_ranks // tensor, costs.model.num_layers) + 1):
-            if costs.num_kv_blocks(pipeline, tensor) == 0:
-                need_bytes = costs.weight_bytes(pipeline, tensor)
-                verdicts[1, pipeline, tensor] = (
-                    f"does not fit: {need_bytes / 1e6:.0f} MB of weights a rank and KV of {costs.model.max_model_len} "
-                    f"tokens, in {costs.memory_bytes / 1e6:.0f} MB"
-                )
-                continue
-            for data in range(1, num_ranks // (pipeline * tensor) + 1):
-                estimate = costs.estimate(data, pipeline, tensor)
-                assert estimate is not None, "num_kv_blocks said that it fits"
-                estimates.append(estimate)
-    return estimates
+def choose_config(costs: CostModel, num_ranks: int, targets: Targets) -> Choice:
+    """`choose_layout` for a fleet that does not serve yet."""
+    return choose_layout(costs, Supply(num_ranks=num_ranks), targets)
 
 
-def _nearest_to_targets(
-    estimates: list[Estimate], targets: Targets, verdicts: dict[tuple[int, int, int], str]
-) -> list[Estimate]:
+def pick(scores: Iterable[Score], supply: Supply, targets: Targets) -> tuple[Score, str]:
+    """The best of at least one by the objective, and why."""
+    scores = list(scores)
+    enough = [s for s in scores if s.keeps_up]
+    if targets.objective is Objective.THROUGHPUT or not enough:
+        why = "most throughput" if enough else "none keeps up with the arrivals: most throughput"
+        limit_per_s = (1 - NEAR_TIE) * max(s.throughput_per_s for s in scores)
+        near = [s for s in scores if s.throughput_per_s >= limit_per_s]
+        return min(near, key=lambda s: (s.service_s, -s.throughput_per_s, *_order(s.layout))), why
+    if targets.objective is Objective.SLO:
+        assert targets.latency_s is not None, "Targets checks it"
+        meeting = [s for s in enough if s.latency_s <= targets.latency_s]
+        if meeting:
+            fewest = min(supply.extra_instances(s.layout) for s in meeting)
+            cheapest = [s for s in meeting if supply.extra_instances(s.layout) == fewest]
+            return _least_latency(cheapest, supply), f"cheapest of those with a latency up to {targets.latency_s:g} s"
+        why = f"none has a latency up to {targets.latency_s:g} s: least latency"
+        return _least_latency(enough, supply), why
+    why = "least latency of those that keep up with the arrivals; of near-ties the cheapest, then most throughput"
+    return _least_latency(enough, supply), why
+
+
+def _least_latency(enough: list[Score], supply: Supply) -> Score:
+    limit_s = _near_s(enough)
+    near = [s for s in enough if s.latency_s <= limit_s]
+    fewest = min(supply.extra_instances(s.layout) for s in near)
+    near = [s for s in near if supply.extra_instances(s.layout) == fewest]
+    limit_per_s = (1 - SAME_THROUGHPUT) * max(s.throughput_per_s for s in near)
+    near = [s for s in near if s.throughput_per_s >= limit_per_s]
+    return min(near, key=lambda s: (s.latency_s, -s.throughput_per_s, *_order(s.layout)))
+
+
+def _near_s(enough: Iterable[Score]) -> float:
+    return (1 + NEAR_TIE) * min(s.latency_s for s in enough)
+
+
+def _order(layout: Layout) -> tuple[int, int, tuple[tuple[Shape, int], ...]]:
+    """Among equals: few different shapes, few ranks; the rest makes the decision repeatable."""
+    return len(layout.counts), layout.num_ranks, layout.counts
+
+
+def _nearest_to_targets(shapes: list[Shape], targets: Targets) -> tuple[list[Shape], dict[Shape, str]]:
     """Of each degree that has a target, only the value closest to it (from below, if there is one below).
 
-    The tensor degree is the hardest to change, the number of pipelines the easiest: that is the order.
+    The tensor degree is the hardest to change: it is first.
     """
-    for field, target in (("tensor", targets.tensor), ("pipeline", targets.pipeline), ("data", targets.data)):
-        if target is None or not estimates:
+    refused: dict[Shape, str] = {}
+    for name, index, target in (("tensor", 1, targets.tensor), ("pipeline", 0, targets.pipeline)):
+        if target is None or not shapes:
             continue
-        values = {getattr(e.config, field) for e in estimates}
-        below = [value for value in values if value <= target]
-        nearest = max(below) if below else min(values)
-        for estimate in estimates:
-            if getattr(estimate.config, field) != nearest:
-                verdicts[_key(estimate)] = f"the operator asks for {field} {target}; {nearest} is the closest"
-        estimates = [e for e in estimates if getattr(e.config, field) == nearest]
-    return estimates
+        nearest = _nearest({shape[index] for shape in shapes}, target)
+        why = f"the operator asks for {name} {target}; {nearest} is the closest"
+        refused |= {shape: why for shape in shapes if shape[index] != nearest}
+        shapes = [shape for shape in shapes if shape[index] == nearest]
+    return shapes, refused
 
 
-def _best(estimates: list[Estimate], objective: Objective, arrivals_per_s: float) -> tuple[Estimate, str]:
-    enough = [e for e in estimates if e.throughput_per_s >= arrivals_per_s and e.latency_s != float("inf")]
-    if objective is Objective.LATENCY and enough:
-        limit_s = (1 + NEAR_TIE) * min(e.latency_s for e in enough)
-        near = [e for e in enough if e.latency_s <= limit_s]
-        best = min(near, key=lambda e: (-e.throughput_per_s, e.latency_s, e.config.num_ranks))
-        return best, "least latency of those that keep up with the arrivals; most throughput of nearly equal ones"
-    limit_per_s = (1 - NEAR_TIE) * max(e.throughput_per_s for e in estimates)
-    near = [e for e in estimates if e.throughput_per_s >= limit_per_s]
-    best = min(near, key=lambda e: (e.service_s, -e.throughput_per_s, e.config.num_ranks))
-    why = "most throughput" if objective is Objective.THROUGHPUT else "none keeps up with the arrivals: most throughput"
-    return best, why
+def _nearest_to_data(scores: list[Score], targets: Targets) -> list[Score]:
+    if targets.data is None or not scores:
+        return scores
+    nearest = _nearest({s.layout.num_pipelines for s in scores}, targets.data)
+    return [s for s in scores if s.layout.num_pipelines == nearest]
 
 
-def _clearly_better(chosen: Estimate, kept: Estimate) -> bool:
-    latency_gain = 1 - chosen.service_s / kept.service_s
-    throughput_gain = chosen.throughput_per_s / kept.throughput_per_s - 1
-    return latency_gain >= MIN_GAIN or throughput_gain >= MIN_GAIN
+def _nearest(values: set[int], target: int) -> int:
+    below = [value for value in values if value <= target]
+    return max(below) if below else min(values)
 
 
-def _alternatives(
-    chosen: Estimate, why: str, estimates: list[Estimate], verdicts: dict[tuple[int, int, int], str]
+def _smaller_ones(
+    scorer: Scorer, shapes: list[Shape], weighed: list[Score], supply: Supply, targets: Targets
+) -> list[Score]:
+    """Where instances can be saved: of each shape the fewest pipelines that are good enough."""
+    enough = [s for s in weighed if s.keeps_up]
+    saves = supply.num_paid_instances is not None and targets.data is None
+    if not saves or not enough or targets.objective is Objective.THROUGHPUT:
+        return []
+    limit_s = _near_s(enough)
+    if targets.objective is Objective.SLO and targets.latency_s is not None:
+        limit_s = targets.latency_s if any(s.latency_s <= targets.latency_s for s in enough) else limit_s
+
+    def is_enough(score: Score) -> bool:
+        return score.latency_s <= limit_s
+
+    found = [fewest_pipelines(scorer, s, supply.num_ranks // (s[0] * s[1]), is_enough) for s in shapes]
+    known = {s.layout for s in weighed}
+    return [score for score in found if score is not None and score.layout not in known]
+
+
+# --- Why ---
+
+
+def alternatives(
+    costs: CostModel, choice: Choice, chosen: Score | None, why: str, supply: Supply, usd_per_instance_h: float = 0.0
 ) -> list[Alternative]:
-    """The chosen one, then the largest D of each other shape, then what does not fit."""
-    largest: dict[tuple[int, int], Estimate] = {}
-    for estimate in estimates:
-        largest[estimate.config.pipeline, estimate.config.tensor] = estimate
-    largest.pop((chosen.config.pipeline, chosen.config.tensor), None)
-    rejected = [
-        _alternative(e, verdicts.get(_key(e)) or _comparison(e, chosen))
-        for e in sorted(largest.values(), key=lambda e: e.service_s)
+    """The chosen one; the best of each other shape, and the present one if it was given up; then what is ruled out."""
+    scorer = Scorer(costs)
+    best_of: dict[Shape, Score] = {}
+    for score in sorted(choice.weighed, key=lambda s: (s.latency_s, -s.throughput_per_s, s.service_s)):
+        best_of.setdefault(score.layout.main, score)
+    rivals: list[Score | None] = [
+        choice.best,
+        choice.stay,
+        *sorted(best_of.values(), key=lambda s: (s.latency_s, s.service_s)),
     ]
-    return [_alternative(chosen, f"chosen: {why}"), *rejected, *_misfits(verdicts)][:MAX_ALTERNATIVES]
+    rejected = [s for s in dict.fromkeys(rivals) if chosen is not None and s is not None and s.layout != chosen.layout]
+
+    def describe(score: Score, verdict: str) -> Alternative:
+        config, *others = score.layout.configs(costs)
+        return Alternative(
+            config=config,
+            others=others,
+            latency_s=round(score.latency_s if score.keeps_up else score.service_s, 4),
+            throughput_per_s=round(score.throughput_per_s, 4),
+            num_ranks=score.layout.num_ranks,
+            usd_per_h=round(supply.num_instances(score.layout) * usd_per_instance_h, 4),
+            verdict=verdict,
+        )
+
+    refused = [
+        describe(scorer.score(Layout.of({shape: supply.num_ranks // (shape[0] * shape[1])})), verdict)
+        for shape, verdict in list(choice.refused.items())[: MAX_ALTERNATIVES // 4]
+    ]
+    misfits = [_misfit_alternative(shape, verdict) for shape, verdict in choice.misfits.items()]
+    ruled_out = (refused + misfits)[: MAX_ALTERNATIVES if chosen is None else MAX_ALTERNATIVES // 4]
+    if chosen is None:
+        return ruled_out
+    listed = [
+        describe(score, _verdict(score, chosen, supply, costs.workload.arrivals_per_s))
+        for score in rejected[: MAX_ALTERNATIVES - 1 - len(ruled_out)]
+    ]
+    return [describe(chosen, f"chosen: {why}"), *listed, *ruled_out]
 
 
-def _comparison(rejected: Estimate, chosen: Estimate) -> str:
-    latency = rejected.service_s / chosen.service_s - 1
+def _verdict(rejected: Score, chosen: Score, supply: Supply, arrivals_per_s: float) -> str:
+    saved = supply.extra_instances(rejected.layout) - supply.extra_instances(chosen.layout)
+    against = _against(rejected, chosen)
+    if not rejected.keeps_up and chosen.keeps_up:
+        return f"does not keep up with {arrivals_per_s:.2f} requests/s; {against}"
+    return f"{saved} instances more; {against}" if saved > 0 else against
+
+
+def _against(rejected: Score, chosen: Score) -> str:
+    is_comparable = rejected.keeps_up and chosen.keeps_up
+    latency_of: Callable[[Score], float] = (lambda s: s.latency_s) if is_comparable else (lambda s: s.service_s)
+    latency = latency_of(rejected) / latency_of(chosen) - 1
     throughput = rejected.throughput_per_s / chosen.throughput_per_s - 1
     return f"latency {latency:+.0%}, throughput {throughput:+.0%} against the chosen one"
 
 
-def _alternative(estimate: Estimate, verdict: str) -> Alternative:
-    return Alternative(
-        config=estimate.config,
-        latency_s=round(estimate.service_s, 4),
-        throughput_per_s=round(estimate.throughput_per_s, 4),
-        num_ranks=estimate.config.num_ranks,
-        verdict=verdict,
+def _misfit(costs: CostModel, shape: Shape) -> str:
+    return (
+        f"does not fit: {costs.weight_bytes(*shape) / 1e6:.0f} MB of weights a rank and KV of "
+        f"{costs.model.max_model_len} tokens, in {costs.memory_bytes / 1e6:.0f} MB"
     )
 
 
-def _misfits(verdicts: dict[tuple[int, int, int], str]) -> list[Alternative]:
-    return [
-        Alternative(
-            config=ParallelConfig(data=data, pipeline=pipeline, tensor=tensor, max_batch=0),
-            latency_s=0.0,
-            throughput_per_s=0.0,
-            num_ranks=data * pipeline * tensor,
-            verdict=verdict,
-        )
-        for (data, pipeline, tensor), verdict in verdicts.items()
-        if verdict.startswith("does not fit")
-    ]
-
-
-def _key(estimate: Estimate) -> tuple[int, int, int]:
-    return estimate.config.data, estimate.config.pipeline, estimate.config.tensor
+def _misfit_alternative(shape: Shape, verdict: str) -> Alternative:
+    return Alternative(
+        config=ParallelConfig(data=1, pipeline=shape[0], tensor=shape[1], max_batch=0),
+        latency_s=0.0,
+        throughput_per_s=0.0,
+        num_ranks=shape[0] * shape[1],
+        verdict=verdict,
+    )

@@ -1,0 +1,66 @@
+"""Whether a change of layout is worth it: it must repay its pause before the fleet changes again."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import msgspec
+
+from planner.core.layout import Score
+
+MIN_GAIN: Final = 0.10
+"""Predictions are not better than that: a smaller gain in latency or throughput may be none."""
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """What a change of layout costs."""
+
+    pause_s: float
+    """How long a pipeline that it stops stands still: its KV moves."""
+    prepare_s: float
+    """Until the new pipelines have their weights; the old ones serve meanwhile."""
+    bytes_moved: int
+    num_sequences: float
+    """Live ones of the pipelines that it stops."""
+    stopped_share: float
+    """Of the arrivals: those to pipelines that it stops."""
+
+
+def is_worth(
+    new: Score, stay: Score, move: Move, arrivals_per_s: float, calm_s: float, *, throughput_only: bool = False
+) -> tuple[bool, str]:
+    """Compare `new` with what can be had without stopping anything, and say why or why not.
+
+    Gain and loss are in request-seconds of waiting over the `calm_s` until the next event. What `stay` cannot serve
+    waits until the end of that time, half of it in the mean. A pause is waited out by all sequences of the stopped
+    pipelines, and half of it in the mean by requests that come meanwhile. With `throughput_only` both are in requests.
+    """
+    latency_gain_s = _latency_s(stay, new) - _latency_s(new, stay)
+    is_clear = (
+        latency_gain_s >= MIN_GAIN * _latency_s(stay, new)
+        or new.throughput_per_s >= (1 + MIN_GAIN) * stay.throughput_per_s
+    )
+    if not is_clear:
+        return False, f"better than the present layout by less than {MIN_GAIN:.0%}: not worth a change"
+    useful_s = max(0.0, calm_s - move.prepare_s - move.pause_s)
+    if throughput_only:
+        gain = (new.throughput_per_s - stay.throughput_per_s) * useful_s
+        loss = stay.throughput_per_s * move.stopped_share * move.pause_s
+        unit = "requests"
+    else:
+        deficit_per_s = min(arrivals_per_s, new.throughput_per_s) - min(arrivals_per_s, stay.throughput_per_s)
+        gain = latency_gain_s * arrivals_per_s * useful_s + deficit_per_s * useful_s**2 / 2
+        loss = move.num_sequences * move.pause_s + arrivals_per_s * move.stopped_share * move.pause_s**2 / 2
+        unit = "request-seconds"
+    is_free = loss == 0 and gain == 0 and calm_s > 0
+    figures = f"gains {gain:.1f} and costs {loss:.1f} {unit} in the {calm_s:.0f} s to the next event"
+    if gain > loss or is_free:
+        return True, f"a change {figures}"
+    return False, f"a change {figures}: it does not repay its pause of {move.pause_s:.1f} s"
+
+
+def _latency_s(score: Score, other: Score) -> float:
+    """With queueing if both keep up; a queue without end is counted as deficit."""
+    both_keep_up = math.inf not in (score.latency_s, other.latency_s)
+    return score.latency_s if both_keep_up else score.service_s
