@@ -17,7 +17,7 @@ from litestar.types import Message, Scope
 from opentelemetry.trace import Tracer
 
 from gateway.errors import ApiError, server_error
-from gateway.routes import generation, health, models
+from gateway.routes import generation, health, models, tokenize
 from gateway.services.bus import Bus
 from gateway.services.dispatcher import Dispatcher
 from gateway.services.front import Front
@@ -49,6 +49,9 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
             generation.completions,
             models.list_models,
             models.get_model,
+            tokenize.tokenize,
+            tokenize.detokenize,
+            tokenize.version,
             health.health,
             health.ready,
             health.requests,

@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from engine.protocol import SamplingParams
-from gateway.errors import ApiError, bad_request, context_length_exceeded
+from gateway.errors import ApiError, bad_request
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 256
@@ -24,6 +23,8 @@ _Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 _Natural = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 _Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+_Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
+_NumTop = Annotated[int, msgspec.Meta(ge=0, le=20)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -50,16 +51,20 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     min_p: _Probability | None = None
     stop_token_ids: list[_Natural] | None = None
     return_token_ids: bool | None = None
-    # Known, and refused unless neutral.
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    repetition_penalty: Annotated[float, msgspec.Meta(gt=0)] | None = None
-    logit_bias: dict[str, Any] | None = None
-    logprobs: Any = None
-    top_logprobs: Any = None
-    response_format: dict[str, Any] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=100)] | None = None
+    logit_bias: Annotated[dict[str, _Bias], msgspec.Meta(max_length=4096)] | None = None
+    prompt_logprobs: _NumTop | None = None
     include_stop_str_in_output: bool | None = None
-    prompt_logprobs: Any = None
+    priority: _Int64 | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | bool | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    # Known, and refused unless neutral.
+    structured_outputs: Any = None
     allowed_token_ids: Any = None
     bad_words: Any = None
     truncate_prompt_tokens: Any = None
@@ -95,166 +100,92 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True):
     messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
     max_completion_tokens: _Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    top_logprobs: _NumTop | None = None
+    tools: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1, max_length=128)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
     audio: Any = None
     chat_template: Any = None
-    chat_template_kwargs: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
 
 class CompletionBody(GenerationBody, frozen=True, kw_only=True):
     """POST /v1/completions."""
 
     prompt: str | list[Any]
-    logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    max_tokens: _Natural | None = None
+    logprobs: _NumTop | None = None
     echo: bool | None = None
-    best_of: _Positive | None = None
+    best_of: Annotated[int, msgspec.Meta(ge=1, le=20)] | None = None
     suffix: str | None = None
     add_special_tokens: bool | None = None
 
+    @property
+    def num_top_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def wanted_tokens(self) -> int:
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "response_format": ({"type": "text"},),
-    "include_stop_str_in_output": (False,),
-    "prompt_logprobs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "tool_choice": ("none", "auto"),
+    "tools": (),
+    "structured_outputs": (),
     "allowed_token_ids": (),
     "bad_words": ([],),
     "truncate_prompt_tokens": (),
     "skip_special_tokens": (True,),
-    "tool_choice": ("none", "auto"),
-    "tools": (),
     "functions": (),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "echo": (False,),
     "suffix": ("",),
 }
 """Values that leave the answer as it is, beside null, of fields that are not served."""
 
 _Body = TypeVar("_Body", ChatBody, CompletionBody)
+_Decoded = TypeVar("_Decoded")
 _AT = re.compile(r" - at `(?:key in )?\$(?:\.\.\.)?\.?([^`]*)`$")
 _MISSING = re.compile(r"missing required field `([^`]+)`")
 
 
 def parse(data: bytes, type_: type[_Body]) -> _Body:
     """Decode and check a request body. Raises ApiError (400) naming the field."""
+    body = decode(data, type_)
+    _check_served(body)
+    _check_generation(body)
+    return body
+
+
+def decode(data: bytes, type_: type[_Decoded]) -> _Decoded:
+    """A JSON body as `type_`. Raises ApiError (400) naming the field."""
     try:
-        body = msgspec.json.decode(data, type=type_)
+        return msgspec.json.decode(data, type=type_)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise bad_request(f"The body is not valid JSON: {error}"[:300]) from error
     except RecursionError as error:
         raise bad_request("The body is not valid JSON: it is nested too deeply") from error
-    _check_served(body)
-    _check_generation(body)
-    return body
-
-
-def sampling_params(
-    body: GenerationBody,
-    *,
-    max_tokens: int | None,
-    num_prompt_tokens: int,
-    max_model_len: int,
-    seed: int,
-    eos_token_ids: list[int],
-    prompt_param: str,
-) -> SamplingParams:
-    """The engine's parameters for a prompt; `max_tokens` None means what is left of the context.
-
-    Raises ApiError (400, context_length_exceeded) if prompt and answer do not fit.
-    """
-    room = max_model_len - num_prompt_tokens
-    if room < 1 or (max_tokens or 0) > room:
-        wanted = f" and {max_tokens} for the answer" if max_tokens else ""
-        raise context_length_exceeded(
-            f"This model's context is {max_model_len} tokens; the request has {num_prompt_tokens} tokens in "
-            f"the {prompt_param}{wanted}.",
-            prompt_param,
-        )
-    num_max = max_tokens or room
-    if (body.min_tokens or 0) > num_max:
-        raise bad_request(f"min_tokens must not exceed max_tokens ({num_max})", "min_tokens")
-    return SamplingParams(
-        max_tokens=num_max,
-        min_tokens=body.min_tokens or 0,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        # No probability mass at all leaves the likeliest token, and the engine wants more than nothing.
-        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-9),
-        top_k=max(body.top_k or 0, 0),
-        min_p=body.min_p or 0.0,
-        seed=seed,
-        ignore_eos=bool(body.ignore_eos),
-        eos_token_ids=eos_token_ids,
-        stop_token_ids=list(body.stop_token_ids or []),
-    )
-
-
-def template_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as chat templates want them: text joined, developer = system. Raises ApiError (400)."""
-    return [_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def prompts_of(prompt: str | list[Any], vocab_size: int) -> list[str | list[int]]:
-    """The prompts of a completion: one or many, text or ids. Raises ApiError (400) for anything else."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise bad_request("prompt must not be empty", "prompt")
-    if all(isinstance(item, str) for item in prompt):
-        return list(prompt)
-    if all(type(item) is int for item in prompt):
-        return [_checked_ids(prompt, "prompt", vocab_size)]
-    if all(isinstance(item, list) for item in prompt):
-        return [_checked_ids(item, f"prompt[{i}]", vocab_size) for i, item in enumerate(prompt)]
-    raise bad_request("prompt must be a string, a list of strings, of ids, or of lists of ids", "prompt")
-
-
-def _template_message(message: ChatMessage, at: str) -> dict[str, Any]:
-    if message.role == "tool" or message.tool_calls:
-        raise bad_request("tool calls are not served", f"{at}.tool_calls" if message.tool_calls else f"{at}.role")
-    if message.content is None:
-        raise bad_request(f"{at}.content is required", f"{at}.content")
-    content = message.content
-    text = content if isinstance(content, str) else _joined_parts(content, f"{at}.content")
-    role = "system" if message.role == "developer" else message.role
-    named = {"name": message.name} if message.name is not None else {}
-    return {"role": role, "content": text, **named}
-
-
-def _joined_parts(parts: list[dict[str, Any]], at: str) -> str:
-    if not parts:
-        raise bad_request(f"{at} must not be an empty list", at)
-    for i, part in enumerate(parts):
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            message = f'{at}[{i}] must be {{"type": "text", "text": string}}: the model reads text only'
-            raise bad_request(message, f"{at}[{i}]")
-    return "".join(part["text"] for part in parts)
-
-
-def _checked_ids(ids: list[Any], at: str, vocab_size: int) -> list[int]:
-    if not ids:
-        raise bad_request(f"{at} must not be empty", "prompt")
-    for token_id in ids:
-        if type(token_id) is not int or not 0 <= token_id < vocab_size:
-            raise bad_request(
-                f"{at} must hold token ids from 0 to {vocab_size - 1}, not {repr(token_id)[:40]}", "prompt"
-            )
-    return ids
 
 
 def _invalid(message: str) -> ApiError:
@@ -275,8 +206,6 @@ def _check_served(body: GenerationBody) -> None:
         same = any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
         if value is not None and not same:
             raise bad_request(f"{name} is not served (given {repr(value)[:60]})", name)
-    if isinstance(body, CompletionBody) and body.best_of not in (None, body.num_samples):
-        raise bad_request("best_of other than n is not served", "best_of")
 
 
 def _check_generation(body: GenerationBody) -> None:
@@ -286,3 +215,25 @@ def _check_generation(body: GenerationBody) -> None:
         raise bad_request(f"stop must have at most {_MAX_STOPS} strings", "stop")
     if any(not 1 <= len(stop) <= _MAX_STOP_CHARS for stop in body.stops):
         raise bad_request(f"stop strings must have 1 to {_MAX_STOP_CHARS} characters", "stop")
+    if body.prompt_logprobs is not None and body.stream:
+        raise bad_request("prompt_logprobs needs stream: false", "prompt_logprobs")
+    if isinstance(body, ChatBody):
+        _check_chat(body)
+    elif isinstance(body, CompletionBody):
+        _check_completion(body)
+
+
+def _check_chat(body: ChatBody) -> None:
+    if body.top_logprobs and not body.logprobs:
+        raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+
+
+def _check_completion(body: CompletionBody) -> None:
+    if body.max_tokens == 0 and not body.echo:
+        raise bad_request("max_tokens must be at least 1 without echo", "max_tokens")
+    if body.best_of is None:
+        return
+    if body.best_of < body.num_samples:
+        raise bad_request(f"best_of must not be less than n ({body.num_samples})", "best_of")
+    if body.best_of > body.num_samples and body.stream:
+        raise bad_request("best_of greater than n cannot be streamed", "best_of")

@@ -6,10 +6,14 @@ alone and not on how the log was cut into frames. Pure: no I/O, no clock.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
+
+from engine.protocol import TokenLogprobs
+from gateway.core.parsing import OutputParser, Parsed, ToolCallDelta
 
 REPLACEMENT = "\ufffd"
 
@@ -80,12 +84,13 @@ class StopScanner:
     The first stop string to be complete wins; of several that end at the same character, the longest.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
         self._stops = [stop for stop in stops if stop]
+        self._include_stop = include_stop
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(text that may go out, whether a stop string was found; it and what follows it are dropped)."""
+        """(text that may go out, whether a stop string was found; what follows it, and mostly itself, is dropped)."""
         if not self._stops:
             return text, False
         buffer = self._held + text
@@ -93,7 +98,8 @@ class StopScanner:
         found = [(start + len(stop), start) for start, stop in matches if start >= 0]
         if found:
             self._held = ""
-            return buffer[: min(found)[1]], True
+            end, start = min(found)
+            return buffer[: end if self._include_stop else start], True
         num_held = max(self._longest_start(buffer, stop) for stop in self._stops)
         self._held = buffer[len(buffer) - num_held :]
         return buffer[: len(buffer) - num_held], False
@@ -112,52 +118,149 @@ class StopScanner:
         return 0
 
 
+class TokenScore(msgspec.Struct, frozen=True):
+    """The logprobs of one token of the text, and where in the generated text it begins."""
+
+    token_id: int
+    offset_chars: int
+    logprobs: TokenLogprobs
+
+
 class Delta(msgspec.Struct, frozen=True):
     """What one step of the log adds to the response of one choice."""
 
     text: str
+    """Of the message: without reasoning and tool calls, where a parser takes them out."""
     token_ids: list[int]
     finish_reason: str | None = None
+    scores: list[TokenScore] = []
+    """Of the tokens whose text is out, if logprobs were asked for."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """Of the prompt's tokens, once, if they were asked for."""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+
+
+def merge(deltas: Sequence[Delta]) -> Delta:
+    """All deltas of a choice as one: its whole answer, with one delta a tool call."""
+    calls: dict[int, ToolCallDelta] = {}
+    for call in (call for delta in deltas for call in delta.tool_calls):
+        known = calls.get(call.index, ToolCallDelta(call.index, call.id, call.name))
+        calls[call.index] = msgspec.structs.replace(known, arguments=known.arguments + call.arguments)
+    return Delta(
+        "".join(delta.text for delta in deltas),
+        [token_id for delta in deltas for token_id in delta.token_ids],
+        deltas[-1].finish_reason if deltas else None,
+        [score for delta in deltas for score in delta.scores],
+        next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None), None),
+        "".join(delta.reasoning for delta in deltas),
+        tuple(calls.values()),
+    )
 
 
 class ChoiceFold:
-    """The fold of one choice."""
+    """The fold of one choice: `stops` end it, `parser` takes reasoning and tool calls out of its text."""
 
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stops: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        parser: OutputParser | None = None,
+    ) -> None:
         self._text = IncrementalText(detokenizer)
-        self._scanner = StopScanner(stops)
+        self._scanner = StopScanner(stops, include_stop=include_stop)
+        self._parser = parser
+        self._has_calls = False
+        self._pending_scores: deque[TokenScore] = deque()
+        self._num_chars = 0
+        """Of the text so far, that held back included."""
+        self._num_visible_chars = 0
+        """Of the text that the stop scanner has let pass."""
         self.num_tokens = 0
         """Completion tokens: all up to the end, an end-of-sequence token or stop string included."""
+        self.sum_logprob = 0.0
+        """Of all these tokens, if logprobs were asked for."""
         self.finish_reason: str | None = None
 
-    def push(self, ids: Sequence[int], finish: str | None = None) -> Delta:
+    def push(
+        self,
+        ids: Sequence[int],
+        finish: str | None = None,
+        logprobs: Sequence[TokenLogprobs] | None = None,
+        prompt_logprobs: list[TokenLogprobs | None] | None = None,
+    ) -> Delta:
         """Fold the next ids of the log; `finish` is "stop" (the last id ends the text) or "length".
 
         After the choice has finished, what still comes is ignored.
         """
+        if self._has_finished():
+            return Delta("", [])
         pieces: list[str] = []
         used: list[int] = []
         for position, token_id in enumerate(ids):
-            if self.finish_reason is not None:
+            if self._has_finished():
                 break
             used.append(token_id)
-            if finish == "stop" and position == len(ids) - 1:
-                break
-            self._take(self._text.push(token_id), pieces)
+            ends = finish == "stop" and position == len(ids) - 1
+            if logprobs is not None:
+                self.sum_logprob += logprobs[position].logprob
+                if not ends:
+                    self._pending_scores.append(TokenScore(token_id, self._num_chars, logprobs[position]))
+            if not ends:
+                self._take(self._text.push(token_id), pieces)
         self.num_tokens += len(used)
-        if finish is not None and self.finish_reason is None:
+        if finish is not None and not self._has_finished():
             self._take(self._text.finish(), pieces)
-            if self.finish_reason is None:
-                pieces.append(self._scanner.flush())
-                self.finish_reason = finish
-        elif not used:
-            return Delta("", [])
-        return Delta("".join(pieces), used, self.finish_reason)
+        ends_by_itself = finish is not None and not self._has_finished()
+        if ends_by_itself:
+            pieces.append(self._scanner.flush())
+            self.finish_reason = finish
+        visible = "".join(pieces)
+        self._num_visible_chars += len(visible)
+        parsed = self._parse(visible)
+        return Delta(
+            parsed.content,
+            used,
+            self.finish_reason,
+            self._scores(everything=ends_by_itself),
+            prompt_logprobs,
+            parsed.reasoning,
+            parsed.tool_calls,
+        )
+
+    def _has_finished(self) -> bool:
+        return self.finish_reason is not None
 
     def _take(self, text: str, pieces: list[str]) -> None:
         if not text:
             return
+        self._num_chars += len(text)
         visible, stopped = self._scanner.push(text)
         pieces.append(visible)
         if stopped:
             self.finish_reason = "stop"
+
+    def _scores(self, *, everything: bool) -> list[TokenScore]:
+        """Of the tokens that begin in the visible text: a stop string takes its tokens with it."""
+        pending, found = self._pending_scores, []
+        while pending and (everything or pending[0].offset_chars < self._num_visible_chars):
+            found.append(pending.popleft())
+        return found
+
+    def _parse(self, visible: str) -> Parsed:
+        if self._parser is None:
+            return Parsed(visible)
+        parsed = self._parser.push(visible)
+        if self.finish_reason is not None:
+            rest = self._parser.finish()
+            parsed = Parsed(
+                parsed.content + rest.content,
+                parsed.reasoning + rest.reasoning,
+                parsed.tool_calls + rest.tool_calls,
+            )
+        self._has_calls = self._has_calls or bool(parsed.tool_calls)
+        if self._has_calls and self.finish_reason == "stop":
+            self.finish_reason = "tool_calls"
+        return parsed

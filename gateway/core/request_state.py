@@ -22,6 +22,7 @@ from engine.protocol import (
     ResumeStats,
     SamplingParams,
     TokenEntry,
+    TokenLogprobs,
 )
 
 SILENCE_S = 1.5
@@ -105,6 +106,10 @@ class Deliver(Effect, frozen=True):
     ids: list[int]
     finish: str | None
     cached_tokens: int
+    logprobs: list[TokenLogprobs] | None = None
+    """Of `ids`, if they were asked for."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """Once, if they were asked for."""
 
 
 class Fail(Effect, frozen=True):
@@ -166,6 +171,7 @@ class ChoiceState:
         self.reached_last_pipeline = False
         """The attempt before may still run there."""
         self.token_ids: list[int] = []
+        self._has_prompt_logprobs = False
         self._kv_source: KvSource | None = None
         self._to_release: list[KvSource] = []
         self._ask_at_s = 0.0
@@ -266,6 +272,9 @@ class ChoiceState:
         if entry.index > num_seen:
             return self._ask(now_s)
         new_ids = entry.ids[num_seen - entry.index :]
+        new_logprobs = entry.logprobs[num_seen - entry.index :] if entry.logprobs is not None else None
+        prompt_logprobs = None if self._has_prompt_logprobs else entry.prompt_logprobs
+        self._has_prompt_logprobs = self._has_prompt_logprobs or entry.prompt_logprobs is not None
         self.token_ids.extend(new_ids)
         effects: list[Effect] = []
         if self.phase is Phase.DISPATCHED and (new_ids or entry.finish):
@@ -273,17 +282,15 @@ class ChoiceState:
             effects += self._release()
             if entry.resume is not None:
                 effects.append(Resumed(entry.resume))
+        finish = str(entry.finish) if entry.finish in (FinishReason.STOP, FinishReason.LENGTH) else None
+        if new_ids or finish is not None:
+            effects.append(Deliver(new_ids, finish, entry.cached_tokens, new_logprobs, prompt_logprobs))
         if entry.interruption is not None:
-            if new_ids:
-                effects.append(Deliver(new_ids, None, entry.cached_tokens))
             return effects + self._interrupt(entry.interruption.reason, entry.interruption.kv_source)
-        if entry.finish in (FinishReason.STOP, FinishReason.LENGTH):
-            effects.append(Deliver(new_ids, str(entry.finish), entry.cached_tokens))
+        if finish is not None:
             return effects + self._end()
         if entry.finish is not None:
             return [*effects, *self._end(), Fail(entry.error or f"generation ended: {entry.finish}")]
-        if new_ids:
-            effects.append(Deliver(new_ids, None, entry.cached_tokens))
         return effects
 
     def _ask(self, now_s: float) -> list[Effect]:

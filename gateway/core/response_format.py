@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
-from gateway.core.fold import Delta
+from engine.protocol import TokenLogprobs
+from gateway.core.fold import Delta, Detokenizer, IncrementalText
+from gateway.core.logprobs import CompletionLogprobs, Vocabulary, chat_logprobs, prompt_logprobs
+from gateway.core.parsing import ToolCallDelta
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -25,24 +28,42 @@ class Usage(msgspec.Struct, frozen=True):
         }
 
 
+class TokenTexts(Detokenizer, Vocabulary, Protocol):
+    """A tokenizer as the answer needs it."""
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """What all chunks of an answer have in common."""
+
+    id: str
+    created: int
+    """Whole Unix seconds."""
+    model: str
+    system_fingerprint: str | None = None
+
+
+class Extras(msgspec.Struct, frozen=True, kw_only=True):
+    """What the client asked for beside text."""
+
+    token_ids: bool = False
+    top_logprobs: int | None = None
+    """Alternatives of each token of the answer; None: no logprobs."""
+    top_prompt_logprobs: int | None = None
+    echo_texts: Sequence[str] = ()
+    """By choice, the prompt's text as it came; empty: no echo."""
+
+
 class ResponseFormat(ABC):
-    """How one request is answered. `prompts` are the prompt ids by choice, `created_s` whole Unix seconds."""
+    """How one request is answered; `prompts` are the prompt ids by choice."""
 
     object_name: str
     chunk_name: str
 
-    def __init__(
-        self,
-        response_id: str,
-        created_s: int,
-        model: str,
-        prompts: Sequence[Sequence[int]],
-        *,
-        with_token_ids: bool,
-    ) -> None:
-        self._header = {"id": response_id, "created": created_s, "model": model, "system_fingerprint": None}
+    def __init__(self, header: Header, prompts: Sequence[Sequence[int]], extras: Extras, texts: TokenTexts) -> None:
+        self._header = msgspec.structs.asdict(header)
         self._prompts = prompts
-        self._with_token_ids = with_token_ids
+        self._extras = extras
+        self._texts = texts
         self._started: set[int] = set()
 
     @abstractmethod
@@ -72,7 +93,13 @@ class ResponseFormat(ABC):
         return starts
 
     def _ids(self, ids: Sequence[int]) -> dict[str, Any]:
-        return {"token_ids": list(ids)} if self._with_token_ids else {}
+        return {"token_ids": list(ids)} if self._extras.token_ids else {}
+
+    def _prompt_logprobs(self, index: int, scores: Sequence[TokenLogprobs | None] | None) -> dict[str, Any]:
+        num_top = self._extras.top_prompt_logprobs
+        if num_top is None or scores is None:
+            return {}
+        return {"prompt_logprobs": prompt_logprobs(self._prompts[index], scores, num_top, self._texts)}
 
 
 class ChatFormat(ResponseFormat):
@@ -81,37 +108,56 @@ class ChatFormat(ResponseFormat):
 
     def chunks(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
-        unsent_ids = delta.token_ids
+        unsent = Unsent(delta)
         if self._starts(index):
-            first = self._delta_chunk(index, {"role": "assistant", "content": ""}, [])
-            if self._with_token_ids and len(self._started) == 1:
+            first = self._delta_chunk(index, {"role": "assistant", "content": ""}, Unsent(None))
+            if self._extras.token_ids and len(self._started) == 1:
                 first["prompt_token_ids"] = list(self._prompts[0])
             found.append(first)
-        if delta.text or (self._with_token_ids and unsent_ids and delta.finish_reason is None):
-            found.append(self._delta_chunk(index, {"content": delta.text}, unsent_ids))
-            unsent_ids = []
+        if delta.reasoning:
+            found.append(self._delta_chunk(index, {"reasoning_content": delta.reasoning}, unsent))
+        has_news = delta.scores or (self._extras.token_ids and delta.token_ids)
+        if delta.text or (has_news and delta.finish_reason is None and not delta.reasoning and not delta.tool_calls):
+            found.append(self._delta_chunk(index, {"content": delta.text}, unsent))
+        found += [self._delta_chunk(index, {"tool_calls": [_call_delta(call)]}, unsent) for call in delta.tool_calls]
         if delta.finish_reason is not None:
-            found.append(self._delta_chunk(index, {}, unsent_ids, delta.finish_reason))
+            found.append(self._delta_chunk(index, {}, unsent, delta.finish_reason))
         return found
 
     def choice(self, index: int, whole: Delta) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": whole.text, "refusal": None}
+        if whole.reasoning:
+            message["reasoning_content"] = whole.reasoning
+        if whole.tool_calls:
+            message |= {"content": whole.text or None, "tool_calls": [_call(call) for call in whole.tool_calls]}
         return {
             "index": index,
-            "message": {"role": "assistant", "content": whole.text, "refusal": None},
-            "logprobs": None,
+            "message": message,
+            "logprobs": self._logprobs(Unsent(whole)),
             "finish_reason": whole.finish_reason,
             **self._ids(whole.token_ids),
         }
 
     def body(self, wholes: Sequence[Delta], usage: Usage) -> dict[str, Any]:
-        prompt = {"prompt_token_ids": list(self._prompts[0])} if self._with_token_ids else {}
-        return {**super().body(wholes, usage), **prompt}
+        prompt = {"prompt_token_ids": list(self._prompts[0])} if self._extras.token_ids else {}
+        return {**super().body(wholes, usage), **prompt, **self._prompt_logprobs(0, wholes[0].prompt_logprobs)}
 
     def _delta_chunk(
-        self, index: int, delta: dict[str, Any], ids: Sequence[int], finish_reason: str | None = None
+        self, index: int, delta: dict[str, Any], unsent: Unsent, finish_reason: str | None = None
     ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return self._chunk({**choice, **self._ids(ids)})
+        return self._chunk(
+            {
+                "index": index,
+                "delta": delta,
+                "logprobs": self._logprobs(unsent),
+                "finish_reason": finish_reason,
+                **self._ids(unsent.take_ids()),
+            }
+        )
+
+    def _logprobs(self, unsent: Unsent) -> dict[str, Any] | None:
+        num_top, scores = self._extras.top_logprobs, unsent.take_scores()
+        return None if num_top is None or not scores else chat_logprobs(scores, num_top, self._texts)
 
 
 class CompletionFormat(ResponseFormat):
@@ -120,7 +166,7 @@ class CompletionFormat(ResponseFormat):
 
     def chunks(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         starts = self._starts(index)
-        said = delta.text or delta.finish_reason or (self._with_token_ids and delta.token_ids)
+        said = delta.text or delta.finish_reason or delta.scores or (self._extras.token_ids and delta.token_ids)
         if not said and not starts:
             return []
         return [self._chunk(self._choice(index, delta, with_prompt=starts))]
@@ -129,12 +175,64 @@ class CompletionFormat(ResponseFormat):
         return self._choice(index, whole, with_prompt=True)
 
     def _choice(self, index: int, delta: Delta, *, with_prompt: bool) -> dict[str, Any]:
-        prompt = {"prompt_token_ids": list(self._prompts[index])}
+        prompt = {"prompt_token_ids": list(self._prompts[index])} if self._extras.token_ids else {}
+        echo = self._extras.echo_texts[index] if self._extras.echo_texts and with_prompt else ""
         return {
             "index": index,
-            "text": delta.text,
-            "logprobs": None,
+            "text": echo + delta.text,
+            "logprobs": self._logprobs(index, delta, with_prompt=with_prompt),
             "finish_reason": delta.finish_reason,
             **self._ids(delta.token_ids),
-            **(prompt if with_prompt and self._with_token_ids else {}),
+            **(prompt if with_prompt else {}),
+            **(self._prompt_logprobs(index, delta.prompt_logprobs) if with_prompt else {}),
         }
+
+    def _logprobs(self, index: int, delta: Delta, *, with_prompt: bool) -> dict[str, Any] | None:
+        num_top, echo_texts = self._extras.top_logprobs, self._extras.echo_texts
+        if num_top is None:
+            return None
+        found = CompletionLogprobs(num_top, self._texts)
+        if with_prompt and echo_texts and delta.prompt_logprobs is not None:
+            ids = self._prompts[index]
+            offsets = token_offsets(ids, self._texts)
+            for token_id, offset, logprobs in zip(ids, offsets, delta.prompt_logprobs, strict=True):
+                found.add(token_id, min(offset, len(echo_texts[index])), logprobs)
+        start = len(echo_texts[index]) if echo_texts else 0
+        for score in delta.scores:
+            found.add(score.token_id, start + score.offset_chars, score.logprobs)
+        return found.as_json()
+
+
+class Unsent:
+    """Ids and scores of a delta, which go out with the first chunk that is made of it."""
+
+    def __init__(self, delta: Delta | None) -> None:
+        self._ids = delta.token_ids if delta is not None else []
+        self._scores = delta.scores if delta is not None else []
+
+    def take_ids(self) -> list[int]:
+        taken, self._ids = self._ids, []
+        return taken
+
+    def take_scores(self) -> list[Any]:
+        taken, self._scores = self._scores, []
+        return taken
+
+
+def token_offsets(ids: Sequence[int], detokenizer: Detokenizer) -> list[int]:
+    """Where in the text of `ids` each token begins, in characters."""
+    text, offsets, num_chars = IncrementalText(detokenizer), [], 0
+    for token_id in ids:
+        offsets.append(num_chars)
+        num_chars += len(text.push(token_id))
+    return offsets
+
+
+def _call_delta(call: ToolCallDelta) -> dict[str, Any]:
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    return {"index": call.index, **_call(call)}
+
+
+def _call(call: ToolCallDelta) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from litestar import Request, post
 from litestar.types import ASGIApp
 
+from gateway.core.messages import prompts_of, template_messages
 from gateway.errors import TemplateRefused, bad_request
-from gateway.openai import (
-    DEFAULT_COMPLETION_TOKENS,
-    ChatBody,
-    CompletionBody,
-    GenerationBody,
-    parse,
-    prompts_of,
-    template_messages,
-)
+from gateway.openai import ChatBody, ChatMessage, CompletionBody, GenerationBody, parse
 from gateway.routes.replies import ClientGone, JsonReply, NoReply, StreamReply, json_body, unless_gone
 from gateway.services.answer import Answer
-from gateway.services.front import CHAT, COMPLETION, Front
+from gateway.services.front import CHAT, COMPLETION, Front, Prompt
 
 _LONG_BODY_BYTES = 64 * 1024
 """Tokenizing more than this takes long enough to stall other streams, so it goes to a thread."""
@@ -34,8 +28,7 @@ async def chat_completions(request: Request[Any, Any, Any]) -> ASGIApp:
     body = parse(data, ChatBody)
     front.check_model(body.model)
     prompt = await _maybe_in_thread(data, _chat_prompt, front, body)
-    max_tokens = body.max_completion_tokens or body.max_tokens
-    answer = front.start(CHAT, body, [prompt], max_tokens, request.headers)
+    answer = front.start(CHAT, body, [prompt], request.headers)
     return await _reply(request, front, body, answer)
 
 
@@ -47,8 +40,7 @@ async def completions(request: Request[Any, Any, Any]) -> ASGIApp:
     body = parse(data, CompletionBody)
     front.check_model(body.model)
     prompts = await _maybe_in_thread(data, _completion_prompts, front, body)
-    max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
-    answer = front.start(COMPLETION, body, prompts, max_tokens, request.headers)
+    answer = front.start(COMPLETION, body, prompts, request.headers)
     return await _reply(request, front, body, answer)
 
 
@@ -85,21 +77,33 @@ async def _maybe_in_thread(data: bytes, work: Any, *args: Any) -> Any:
     return work(*args)
 
 
-def _chat_prompt(front: Front, body: ChatBody) -> list[int]:
-    """Prompt ids of the rendered messages; the template writes the special tokens itself."""
+def _chat_prompt(front: Front, body: ChatBody) -> Prompt:
+    return chat_prompt(front, body.messages, tools=body.tools, variables=body.chat_template_kwargs)
+
+
+def chat_prompt(
+    front: Front,
+    messages: list[ChatMessage],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any] | None,
+) -> Prompt:
+    """The rendered messages; the template writes the special tokens itself. Raises ApiError (400)."""
     try:
-        text = front.tokenizer.render_chat(template_messages(body.messages))
+        text = front.tokenizer.render_chat(template_messages(messages), tools=tools, variables=variables)
     except TemplateRefused as error:
         raise bad_request(f"The chat template refuses the messages: {error}"[:500], "messages") from error
-    return front.tokenizer.encode(text, add_special_tokens=False)
+    return Prompt(front.tokenizer.encode(text, add_special_tokens=False), text)
 
 
-def _completion_prompts(front: Front, body: CompletionBody) -> list[list[int]]:
-    add_special_tokens = body.add_special_tokens is not False
+def _completion_prompts(front: Front, body: CompletionBody) -> list[Prompt]:
+    tokenizer, add_special_tokens = front.tokenizer, body.add_special_tokens is not False
     prompts = [
-        front.tokenizer.encode(prompt, add_special_tokens=add_special_tokens) if isinstance(prompt, str) else prompt
-        for prompt in prompts_of(body.prompt, front.tokenizer.vocab_size)
+        Prompt(tokenizer.encode(prompt, add_special_tokens=add_special_tokens), prompt)
+        if isinstance(prompt, str)
+        else Prompt(prompt, tokenizer.decode(prompt) if body.echo else "")
+        for prompt in prompts_of(body.prompt, tokenizer.vocab_size)
     ]
-    if not all(prompts):
+    if not all(prompt.ids for prompt in prompts):
         raise bad_request("prompt must have at least one token", "prompt")
     return prompts

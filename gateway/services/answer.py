@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from gateway.core import sse
-from gateway.core.fold import ChoiceFold, Delta, Detokenizer
+from gateway.core.fold import ChoiceFold, Delta, merge
 from gateway.core.response_format import ResponseFormat, Usage
 from gateway.errors import ApiError
 from gateway.services.dispatcher import Dispatcher
@@ -23,15 +23,19 @@ class Answer:
         dispatcher: Dispatcher,
         generation: Generation,
         response_format: ResponseFormat,
-        detokenizer: Detokenizer,
-        stops: Sequence[str],
+        folds: Sequence[ChoiceFold],
         num_prompt_tokens: int,
         trace: RequestTrace,
+        *,
+        num_drawn: int = 1,
+        num_kept: int = 1,
     ) -> None:
+        """`folds` by choice; of each prompt's `num_drawn` choices the `num_kept` best are answered."""
         self._dispatcher = dispatcher
         self._generation = generation
         self._format = response_format
-        self._folds = [ChoiceFold(detokenizer, stops) for _ in generation.names]
+        self._folds = folds
+        self._num_drawn, self._num_kept = num_drawn, num_kept
         self._num_prompt_tokens = num_prompt_tokens
         self._num_cached_tokens = 0
         self._trace = trace
@@ -56,15 +60,26 @@ class Answer:
 
     async def body(self) -> dict[str, Any]:
         """The whole answer. Raises ApiError."""
-        texts: list[list[str]] = [[] for _ in self._folds]
-        ids: list[list[int]] = [[] for _ in self._folds]
+        parts: list[list[Delta]] = [[] for _ in self._folds]
         async for deltas in self.deltas():
             for index, delta in deltas:
-                texts[index].append(delta.text)
-                ids[index].extend(delta.token_ids)
-        reasons = [fold.finish_reason for fold in self._folds]
-        wholes = [Delta("".join(t), i, r) for t, i, r in zip(texts, ids, reasons, strict=True)]
-        return self._format.body(wholes, self.usage)
+                parts[index].append(delta)
+        return self._format.body([merge(parts[index]) for index in self._kept()], self.usage)
+
+    def _kept(self) -> list[int]:
+        """The choices that are answered: of each prompt those whose tokens were likeliest on average."""
+
+        def mean_logprob(index: int) -> float:
+            fold = self._folds[index]
+            return fold.sum_logprob / max(1, fold.num_tokens)
+
+        if self._num_kept == self._num_drawn:
+            return list(range(len(self._folds)))
+        kept: list[int] = []
+        for first in range(0, len(self._folds), self._num_drawn):
+            drawn = range(first, first + self._num_drawn)
+            kept += sorted(drawn, key=mean_logprob, reverse=True)[: self._num_kept]
+        return kept
 
     async def events(self, *, include_usage: bool, continuous_usage: bool, keep_alive_s: float) -> AsyncIterator[bytes]:
         """The stream, a few events at a time; an error before the first one is raised, a later one is an event."""
@@ -104,7 +119,7 @@ class Answer:
             if fold.finish_reason is not None:
                 continue
             self._num_cached_tokens = max(self._num_cached_tokens, delivery.cached_tokens)
-            delta = fold.push(delivery.ids, delivery.finish)
+            delta = fold.push(delivery.ids, delivery.finish, delivery.logprobs, delivery.prompt_logprobs)
             deltas.append((delivery.index, delta))
             if delta.finish_reason is not None and delivery.finish is None:
                 # A stop string: the engine does not know that it is done.

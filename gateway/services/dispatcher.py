@@ -307,8 +307,8 @@ class Dispatcher:
     def _carry_out_one(self, running: _Running, effect: Effect) -> None:
         state, generation = running.state, running.generation
         match effect:
-            case request_state.Deliver(ids, finish, cached_tokens):
-                generation.put(Delivery(running.index, ids, finish, cached_tokens))
+            case request_state.Deliver(ids, finish, cached_tokens, logprobs, prompt_logprobs):
+                generation.put(Delivery(running.index, ids, finish, cached_tokens, logprobs, prompt_logprobs))
             case request_state.Fail(message, reason):
                 generation.fail(_failure(message, reason))
                 self.cancel(generation)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 from opentelemetry.trace import Tracer
 
-from engine.protocol import SamplingParams
-from gateway.core.response_format import ChatFormat, CompletionFormat
+from gateway.core.fold import ChoiceFold
+from gateway.core.parsing import OutputParser
+from gateway.core.response_format import ChatFormat, CompletionFormat, Extras, Header
+from gateway.core.sampling import ModelLimits, sampling_params
 from gateway.errors import bad_request, model_not_found
-from gateway.openai import MAX_CHOICES, GenerationBody, sampling_params
+from gateway.openai import MAX_CHOICES, ChatBody, CompletionBody
 from gateway.services.answer import Answer
 from gateway.services.dispatcher import ChoiceSpec, Dispatcher
 from gateway.services.tokenizer import TextTokenizer
@@ -26,12 +30,22 @@ class Endpoint(msgspec.Struct, frozen=True):
 
     operation: str
     id_prefix: str
-    prompt_param: str
     format_class: type[ChatFormat] | type[CompletionFormat]
 
 
-CHAT = Endpoint("chat", "chatcmpl-", "messages", ChatFormat)
-COMPLETION = Endpoint("text_completion", "cmpl-", "prompt", CompletionFormat)
+CHAT = Endpoint("chat", "chatcmpl-", ChatFormat)
+COMPLETION = Endpoint("text_completion", "cmpl-", CompletionFormat)
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    ids: list[int]
+    text: str
+    """As the client sent it; of ids, what they say."""
+
+
+def no_parser(_response_id: str, _index: int) -> OutputParser | None:
+    """The text is the message as it is."""
+    return None
 
 
 class Front:
@@ -44,6 +58,7 @@ class Front:
         self._tracer = tracer
         self.model_name = settings.served_model_name or Path(settings.model_dir).resolve().name
         self.started_s = int(time.time())
+        self.fingerprint = _fingerprint(self.model_name, Path(settings.model_dir))
 
     @property
     def max_model_len(self) -> int:
@@ -58,61 +73,99 @@ class Front:
         if model != self.model_name:
             raise model_not_found(model)
 
+    @property
+    def limits(self) -> ModelLimits:
+        return ModelLimits(
+            max_model_len=self.max_model_len,
+            vocab_size=self.tokenizer.vocab_size,
+            eos_token_ids=self.tokenizer.eos_token_ids,
+        )
+
     def start(
         self,
         endpoint: Endpoint,
-        body: GenerationBody,
-        prompts: Sequence[list[int]],
-        max_tokens: int | None,
+        body: ChatBody | CompletionBody,
+        prompts: Sequence[Prompt],
         headers: Mapping[str, str],
+        *,
+        grammar: str | None = None,
+        parser: Callable[[str, int], OutputParser | None] = no_parser,
     ) -> Answer:
-        """Check the lengths and admit the request: `prompts` times n choices, prompt by prompt.
+        """Check the lengths and admit the request: `prompts` times best_of (or n) choices, prompt by prompt.
 
+        `parser` makes the parser of a choice from the id of the answer and the choice's index.
         Raises ApiError: 400, 429, 503.
         """
-        num_samples = body.num_samples
-        if len(prompts) * num_samples > MAX_CHOICES:
+        num_drawn = (body.best_of if isinstance(body, CompletionBody) else None) or body.num_samples
+        if len(prompts) * num_drawn > MAX_CHOICES:
             raise bad_request(f"n times the number of prompts must not exceed {MAX_CHOICES}", "n")
         seed = secrets.randbits(63) if body.seed is None else body.seed
         specs = [
-            ChoiceSpec(choice, prompt, self._sampling(endpoint, body, prompt, max_tokens, seed))
+            ChoiceSpec(
+                choice,
+                prompt.ids,
+                sampling_params(body, len(prompt.ids), self.limits, seed=seed, grammar=grammar),
+            )
             for prompt in prompts
-            for choice in range(num_samples)
+            for choice in range(num_drawn)
         ]
         response_id = endpoint.id_prefix + secrets.token_hex(12)
         trace = RequestTrace(self._tracer, endpoint.operation, body.model, headers)
-        num_prompt_tokens = sum(map(len, prompts))
+        num_prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         try:
             generation = self.dispatcher.generate(response_id, specs, trace)
         except Exception as error:
             trace.end(prompt_tokens=num_prompt_tokens, completion_tokens=0, error=str(error))
             raise
+        folds = [
+            ChoiceFold(
+                self.tokenizer,
+                body.stops,
+                include_stop=bool(body.include_stop_str_in_output),
+                parser=parser(response_id, index),
+            )
+            for index in range(len(specs))
+        ]
+        answered = [prompt for prompt in prompts for _ in range(body.num_samples)]
         response_format = endpoint.format_class(
-            response_id,
-            int(time.time()),
-            body.model,
-            [spec.prompt_ids for spec in specs],
-            with_token_ids=bool(body.return_token_ids),
+            Header(
+                id=response_id,
+                created=int(time.time()),
+                model=body.model,
+                system_fingerprint=self.fingerprint,
+            ),
+            [prompt.ids for prompt in answered],
+            Extras(
+                token_ids=bool(body.return_token_ids),
+                top_logprobs=body.num_top_logprobs,
+                top_prompt_logprobs=body.prompt_logprobs,
+                echo_texts=[prompt.text for prompt in answered]
+                if isinstance(body, CompletionBody) and body.echo
+                else (),
+            ),
+            self.tokenizer,
         )
         return Answer(
             self.dispatcher,
             generation,
             response_format,
-            self.tokenizer,
-            body.stops,
+            folds,
             num_prompt_tokens,
             trace,
+            num_drawn=num_drawn,
+            num_kept=body.num_samples,
         )
 
-    def _sampling(
-        self, endpoint: Endpoint, body: GenerationBody, prompt: list[int], max_tokens: int | None, seed: int
-    ) -> SamplingParams:
-        return sampling_params(
-            body,
-            max_tokens=max_tokens,
-            num_prompt_tokens=len(prompt),
-            max_model_len=self.max_model_len,
-            seed=seed,
-            eos_token_ids=self.tokenizer.eos_token_ids,
-            prompt_param=endpoint.prompt_param,
-        )
+
+def _fingerprint(model_name: str, model_dir: Path) -> str:
+    """The same for the same model, configuration and version of this software."""
+    config = model_dir / "config.json"
+    parts = [model_name.encode(), config.read_bytes() if config.is_file() else b"", _version().encode()]
+    return "fp_" + hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("spotserve")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

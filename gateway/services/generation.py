@@ -6,6 +6,7 @@ import asyncio
 
 import msgspec
 
+from engine.protocol import TokenLogprobs
 from gateway.errors import ApiError
 
 
@@ -16,6 +17,8 @@ class Delivery(msgspec.Struct, frozen=True):
     ids: list[int]
     finish: str | None
     cached_tokens: int
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 class Generation:

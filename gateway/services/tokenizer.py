@@ -30,6 +30,8 @@ class TextTokenizer:
         self._tokenizer = _load_tokenizer(model_dir / "tokenizer.json")
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._added_texts = {i: token.content for i, token in added.items()}
+        self._is_byte_level = "ByteLevel" in self._decoder()
         self._byte_ids = self._find_byte_ids()
         config = _read_json(model_dir / "config.json")
         tokenizer_config = _read_json(model_dir / "tokenizer_config.json")
@@ -59,8 +61,32 @@ class TextTokenizer:
     def is_byte(self, token_id: int) -> bool:
         return token_id in self._byte_ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt text of `messages`, up to where the assistant speaks.
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text, as bytes; special tokens by their name, unknown ids empty."""
+        if token_id in self._added_texts:
+            return self._added_texts[token_id].encode()
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._is_byte_level:
+            return bytes(_BYTE_OF_CHAR[char] for char in token if char in _BYTE_OF_CHAR)
+        if self.is_byte(token_id):
+            return bytes([int(token[3:-1], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    def token_string(self, token_id: int) -> str | None:
+        """The token as the vocabulary writes it."""
+        token: str | None = self._tokenizer.id_to_token(token_id)
+        return token
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt text of `messages`, up to where the assistant speaks; `variables` are the client's own.
 
         Raises TemplateRefused if the template does not take them, or there is none.
         """
@@ -68,18 +94,24 @@ class TextTokenizer:
             raise TemplateRefused("the model has no chat template; use /v1/completions")
         try:
             return self._template.render(
-                messages=messages,
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                **self._template_variables,
+                **{
+                    "add_generation_prompt": True,
+                    "documents": None,
+                    **self._template_variables,
+                    **(variables or {}),
+                    "messages": messages,
+                    "tools": tools,
+                }
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise TemplateRefused(str(error) or type(error).__name__) from error
 
+    def _decoder(self) -> str:
+        return json.dumps(json.loads(self._tokenizer.to_str()).get("decoder"))
+
     def _find_byte_ids(self) -> frozenset[int]:
         """Ids of raw-byte tokens, where the decoder joins such tokens itself."""
-        if "ByteFallback" not in json.dumps(json.loads(self._tokenizer.to_str()).get("decoder")):
+        if "ByteFallback" not in self._decoder():
             return frozenset()
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         return frozenset(i for token, i in vocab.items() if _BYTE_TOKEN.fullmatch(token))
@@ -89,6 +121,19 @@ class TextTokenizer:
         ids = set(named if isinstance(named, list) else [named])
         ids.add(self._tokenizer.token_to_id(self._template_variables.get("eos_token", "")))
         return sorted(i for i in ids if isinstance(i, int))
+
+
+def _bytes_of_chars() -> dict[str, int]:
+    """The characters by which byte-level tokenizers (GPT-2's and its heirs) write bytes.
+
+    Printable Latin-1 stands for itself; the other bytes, ascending, have the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _bytes_of_chars()
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

@@ -40,6 +40,7 @@ from engine.protocol import (
     SubmitReply,
     TokenEntry,
     TokenFrame,
+    TokenLogprobs,
 )
 from gateway.app import create_app
 from gateway.services.tokenizer import TextTokenizer
@@ -177,6 +178,29 @@ def expected_ids(request: GenerateRequest) -> list[int]:
     return ids
 
 
+def scored(token: int, num_top: int) -> TokenLogprobs:
+    """The logprobs of a token: a function of the token, so that they too are the same after a resume."""
+    return TokenLogprobs(-0.01 * (token % 7), 1, list(range(num_top)), [-0.5 * rank for rank in range(num_top)])
+
+
+def prompt_scores(request: GenerateRequest) -> list[TokenLogprobs | None] | None:
+    num_top = request.sampling.prompt_logprobs
+    if num_top is None or request.committed_ids:
+        return None
+    return [scored(i, num_top) if number else None for number, i in enumerate(request.prompt_ids)]
+
+
+def cut(entry: TokenEntry, index: int) -> TokenEntry:
+    """What of `entry` has index `index` and above."""
+    return msgspec.structs.replace(
+        entry,
+        index=index,
+        ids=entry.ids[index:],
+        logprobs=entry.logprobs[index:] if entry.logprobs is not None else None,
+        prompt_logprobs=entry.prompt_logprobs if index == 0 else None,
+    )
+
+
 class FakePipeline:
     """One pipeline of the engine, all of whose tokens are a function of the sequence before."""
 
@@ -281,6 +305,12 @@ class FakePipeline:
     async def _generate(self, request: GenerateRequest) -> None:
         sampling = request.sampling
         ids = list(request.committed_ids)
+        if sampling.max_tokens == 0:
+            entry = self._entries[request.request_id]
+            scores = prompt_scores(request)
+            entry = msgspec.structs.replace(entry, finish=FinishReason.LENGTH, prompt_logprobs=scores)
+            await self._publish(request.gateway, entry)
+            return
         while True:
             if self.step_s:
                 await asyncio.sleep(self.step_s)
@@ -291,10 +321,17 @@ class FakePipeline:
             finish = FinishReason.LENGTH if len(ids) == sampling.max_tokens else None
             if token in sampling.eos_token_ids + sampling.stop_token_ids:
                 finish = FinishReason.STOP
-            entry = msgspec.structs.replace(self._entries[request.request_id], index=0, ids=list(ids), finish=finish)
+            entry = msgspec.structs.replace(
+                self._entries[request.request_id],
+                index=0,
+                ids=list(ids),
+                finish=finish,
+                logprobs=None if sampling.logprobs is None else [scored(i, sampling.logprobs) for i in ids],
+                prompt_logprobs=prompt_scores(request),
+            )
             self._entries[request.request_id] = entry
             if len(ids) - 1 not in self.lost_indices:
-                await self._publish(request.gateway, msgspec.structs.replace(entry, index=len(ids) - 1, ids=[token]))
+                await self._publish(request.gateway, cut(entry, len(ids) - 1))
             if finish is not None:
                 return
 
@@ -317,7 +354,7 @@ class FakePipeline:
         self.resends.append(question)
         entry = self._entries.get(question.request_id)
         if entry is not None:
-            entry = msgspec.structs.replace(entry, index=question.from_index, ids=entry.ids[question.from_index :])
+            entry = cut(entry, question.from_index)
         await message.respond(encode(ResendReply(entry=entry)))
 
 

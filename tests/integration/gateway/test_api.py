@@ -255,3 +255,97 @@ async def test_plan_is_read_from_the_bucket(make_stack):
     await stack.engine.add("p0")
     await stack.engine.plan("p0", store=True)
     await stack.ready()
+
+
+async def test_logprobs_of_stream_and_body(stack, expected):
+    body = {"model": "tiny-chat", "prompt": "abc", "max_tokens": 12, "seed": 3, "logprobs": 2}
+    whole = await stack.sdk.completions.create(**body)
+    parts = [c.choices[0] async for c in await stack.sdk.completions.create(**body, stream=True)]
+    logprobs = whole.choices[0].logprobs
+    assert "".join(part.text for part in parts) == whole.choices[0].text
+    assert [x for part in parts if part.logprobs for x in part.logprobs.token_logprobs] == logprobs.token_logprobs
+    ids = expected(stack.engine.pipelines["p0"].submitted[0])
+    assert logprobs.token_logprobs == [pytest.approx(-0.01 * (i % 7)) for i in ids]
+    assert logprobs.text_offset[0] == 0
+
+
+async def test_chat_logprobs(stack):
+    chat = await stack.sdk.chat.completions.create(
+        model="tiny-chat", messages=HELLO, max_tokens=5, logprobs=True, top_logprobs=2
+    )
+    content = chat.choices[0].logprobs.content
+    assert len(content) == 5
+    assert all(len(entry.top_logprobs) == 2 for entry in content)
+    text = b"".join(bytes(entry.bytes) for entry in content).decode("utf-8", "replace")
+    assert text == chat.choices[0].message.content
+
+
+@pytest.mark.parametrize("prompt", ["abc d", [5, 6, 7]])
+async def test_echo_scores_the_prompt(stack, tokenizer, prompt):
+    body = {"model": "tiny-chat", "prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 1}
+    choice = (await stack.sdk.completions.create(**body)).choices[0]
+    assert choice.text == (prompt if isinstance(prompt, str) else tokenizer.decode(prompt))
+    assert choice.logprobs.token_logprobs[0] is None
+    assert all(isinstance(logprob, float) for logprob in choice.logprobs.token_logprobs[1:])
+    assert choice.finish_reason == "length"
+    plain = {**body, "logprobs": None}
+    assert (await stack.sdk.completions.create(**plain)).choices[0].text == choice.text
+    longer = (await stack.sdk.completions.create(**{**body, "max_tokens": 4})).choices[0]
+    assert longer.text.startswith(choice.text)
+    assert len(longer.logprobs.tokens) == len(choice.logprobs.tokens) + 4
+
+
+async def test_best_of_answers_the_likeliest(stack, expected):
+    body = {"model": "tiny-chat", "prompt": ["a", "b"], "max_tokens": 4, "n": 1, "best_of": 3}
+    answer = await stack.sdk.completions.create(**body, extra_body={"return_token_ids": True})
+
+    def mean(ids):
+        return sum(-0.01 * (i % 7) for i in ids) / len(ids)
+
+    submitted = stack.engine.pipelines["p0"].submitted
+    for index, choice in enumerate(answer.choices):
+        prompt_ids = choice.model_extra["prompt_token_ids"]
+        drawn = [expected(r) for r in submitted if r.prompt_ids == prompt_ids]
+        assert len(drawn) == 3
+        assert choice.index == index
+        assert mean(choice.model_extra["token_ids"]) == pytest.approx(max(map(mean, drawn)))
+        assert choice.logprobs is None
+    assert answer.usage.completion_tokens == 2 * 3 * 4
+
+
+async def test_prompt_logprobs(stack):
+    reply = await stack.http.post(
+        "/v1/completions", json={"model": "tiny-chat", "prompt": [5, 6], "max_tokens": 2, "prompt_logprobs": 0}
+    )
+    first, second = reply.json()["choices"][0]["prompt_logprobs"]
+    assert first is None
+    assert second["6"]["rank"] == 1
+
+
+async def test_tokenize_and_back(stack, tokenizer):
+    reply = (await stack.http.post("/tokenize", json={"prompt": "hello world", "return_token_strs": True})).json()
+    assert reply["count"] == len(reply["tokens"]) == len(reply["token_strs"])
+    assert reply["max_model_len"] == 256
+    back = (await stack.http.post("/detokenize", json={"model": "tiny-chat", "tokens": reply["tokens"]})).json()
+    assert back == {"prompt": "hello world"}
+    chat = await stack.sdk.chat.completions.create(model="tiny-chat", messages=HELLO, max_tokens=1)
+    counted = (await stack.http.post("/tokenize", json={"messages": HELLO})).json()
+    assert counted["count"] == chat.usage.prompt_tokens
+    assert "version" in (await stack.http.get("/version")).json()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+        ("/tokenize", {"model": "other", "prompt": "a"}, "model"),
+        ("/tokenize", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ("/detokenize", {"tokens": [100_000]}, "tokens"),
+        ("/detokenize", {"tokens": "a"}, "tokens"),
+    ],
+)
+async def test_bad_tokenize(stack, path, body, param):
+    reply = await stack.http.post(path, json=body)
+    assert reply.status_code in (400, 404)
+    assert reply.json()["error"]["param"] == param

@@ -5,8 +5,12 @@ import json
 import pytest
 
 from gateway import openai
+from gateway.core.messages import prompts_of, template_messages
+from gateway.core.sampling import ModelLimits, sampling_params
 from gateway.errors import ApiError
 from gateway.openai import ChatBody, CompletionBody
+
+LIMITS = ModelLimits(max_model_len=100, vocab_size=400, eos_token_ids=[0])
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -17,18 +21,10 @@ def check(body, type_, stream=False):
     data.setdefault("messages" if type_ is ChatBody else "prompt", HELLO if type_ is ChatBody else "x")
     parsed = openai.parse(json.dumps(data).encode(), type_)
     if isinstance(parsed, ChatBody):
-        openai.template_messages(parsed.messages)
+        template_messages(parsed.messages)
     else:
-        openai.prompts_of(parsed.prompt, 400)
-    return openai.sampling_params(
-        parsed,
-        max_tokens=parsed.max_tokens,
-        num_prompt_tokens=10,
-        max_model_len=100,
-        seed=1,
-        eos_token_ids=[0],
-        prompt_param="messages",
-    )
+        prompts_of(parsed.prompt, 400)
+    return sampling_params(parsed, 10, LIMITS, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -55,11 +51,17 @@ def check(body, type_, stream=False):
         (ChatBody, {"stop": ""}, "stop"),
         (ChatBody, {"stop": ["a"] * 17}, "stop"),
         (ChatBody, {"stream_options": {"include_usage": True}}, "stream_options"),
-        (ChatBody, {"logprobs": True}, "logprobs"),
+        (ChatBody, {"top_logprobs": 3}, "top_logprobs"),
+        (ChatBody, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (ChatBody, {"logprobs": 1}, "logprobs"),
         (ChatBody, {"tools": [{"type": "function"}]}, "tools"),
         (ChatBody, {"response_format": {"type": "json_object"}}, "response_format"),
-        (ChatBody, {"presence_penalty": 1}, "presence_penalty"),
-        (ChatBody, {"logit_bias": {"5": 1}}, "logit_bias"),
+        (ChatBody, {"presence_penalty": 2.1}, "presence_penalty"),
+        (ChatBody, {"repetition_penalty": 0}, "repetition_penalty"),
+        (ChatBody, {"logit_bias": {"400": 1}}, "logit_bias"),
+        (ChatBody, {"logit_bias": {"-1": 1}}, "logit_bias"),
+        (ChatBody, {"logit_bias": {"x": 1}}, "logit_bias"),
+        (ChatBody, {"logit_bias": {"\u0661": 1}}, "logit_bias"),
         (ChatBody, {"min_tokens": 20, "max_tokens": 10}, "min_tokens"),
         (ChatBody, {"top_k": -2}, "top_k"),
         (CompletionBody, {"prompt": []}, "prompt"),
@@ -68,10 +70,15 @@ def check(body, type_, stream=False):
         (CompletionBody, {"prompt": [True]}, "prompt"),
         (CompletionBody, {"prompt": [100_000]}, "prompt"),
         (CompletionBody, {"prompt": [[[1]]]}, "prompt"),
-        (CompletionBody, {"echo": True}, "echo"),
-        (CompletionBody, {"best_of": 3}, "best_of"),
+        (CompletionBody, {"echo": 1}, "echo"),
+        (CompletionBody, {"max_tokens": 0}, "max_tokens"),
+        (CompletionBody, {"max_tokens": -1, "echo": True}, "max_tokens"),
+        (CompletionBody, {"best_of": 2, "n": 3}, "best_of"),
+        (CompletionBody, {"best_of": 21}, "best_of"),
         (CompletionBody, {"suffix": "x"}, "suffix"),
-        (CompletionBody, {"logprobs": 0}, "logprobs"),
+        (CompletionBody, {"logprobs": 21}, "logprobs"),
+        (CompletionBody, {"logprobs": True}, "logprobs"),
+        (CompletionBody, {"prompt_logprobs": 21}, "prompt_logprobs"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -134,19 +141,55 @@ def test_sampling_params():
     assert check({}, ChatBody).temperature == 1.0
 
 
-@pytest.mark.parametrize("max_tokens", [91, None])
-def test_context_length(max_tokens):
+def test_engine_features_are_passed_on():
+    body = {
+        "presence_penalty": -1,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"7": -100, "8": 2.5},
+        "logprobs": True,
+        "top_logprobs": 3,
+        "prompt_logprobs": 1,
+    }
+    params = check(body, ChatBody)
+    assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (-1, 0.5, 1.2)
+    assert params.logit_bias == {7: -100.0, 8: 2.5}
+    assert (params.logprobs, params.prompt_logprobs) == (3, 1)
+    assert check({"logprobs": True}, ChatBody).logprobs == 0
+    assert check({"logprobs": False}, ChatBody).logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("change", "logprobs", "prompt_logprobs"),
+    [
+        ({"logprobs": 2}, 2, None),
+        ({"logprobs": 2, "echo": True}, 2, 2),
+        ({"echo": True}, None, None),
+        ({"echo": True, "max_tokens": 0}, None, 0),
+        ({"best_of": 3}, 0, None),
+        ({"best_of": 3, "n": 3}, None, None),
+    ],
+)
+def test_logprobs_that_a_completion_needs(change, logprobs, prompt_logprobs):
+    params = check(change, CompletionBody)
+    assert (params.logprobs, params.prompt_logprobs) == (logprobs, prompt_logprobs)
+    assert params.max_tokens == change.get("max_tokens", 16)
+
+
+def test_best_of_is_not_streamed():
+    with pytest.raises(ApiError) as caught:
+        check({"best_of": 2}, CompletionBody, stream=True)
+    assert caught.value.param == "best_of"
+    with pytest.raises(ApiError) as caught:
+        check({"prompt_logprobs": 0}, CompletionBody, stream=True)
+    assert caught.value.param == "prompt_logprobs"
+
+
+@pytest.mark.parametrize(("max_tokens", "num_prompt_tokens"), [(91, 10), (None, 100)])
+def test_context_length(max_tokens, num_prompt_tokens):
     body = openai.parse(json.dumps({"model": "m", "prompt": "x", "max_tokens": max_tokens}).encode(), CompletionBody)
     with pytest.raises(ApiError) as caught:
-        openai.sampling_params(
-            body,
-            max_tokens=max_tokens,
-            num_prompt_tokens=10 if max_tokens else 100,
-            max_model_len=100,
-            seed=0,
-            eos_token_ids=[],
-            prompt_param="prompt",
-        )
+        sampling_params(body, num_prompt_tokens, LIMITS, seed=0)
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
     assert "100" in caught.value.message
 
@@ -157,7 +200,7 @@ def test_messages_for_the_template():
         {"role": "user", "content": "c", "name": "n"},
     ]
     body = openai.parse(json.dumps({"model": "m", "messages": messages}).encode(), ChatBody)
-    assert openai.template_messages(body.messages) == [
+    assert template_messages(body.messages) == [
         {"role": "system", "content": "ab"},
         {"role": "user", "content": "c", "name": "n"},
     ]
@@ -168,4 +211,4 @@ def test_messages_for_the_template():
     [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
 )
 def test_prompt_forms(prompt, prompts):
-    assert openai.prompts_of(prompt, 10) == prompts
+    assert prompts_of(prompt, 10) == prompts

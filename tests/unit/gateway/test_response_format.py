@@ -4,17 +4,38 @@ import json
 
 import pytest
 
+from engine.protocol import TokenLogprobs
 from gateway.core import sse
-from gateway.core.fold import Delta
-from gateway.core.response_format import ChatFormat, CompletionFormat, Usage
+from gateway.core.fold import ChoiceFold, Delta, merge
+from gateway.core.parsing import ToolCallDelta
+from gateway.core.response_format import ChatFormat, CompletionFormat, Extras, Header, Usage
 
 DELTAS = [Delta("", [5]), Delta("he\u2028y\n", [6, 7]), Delta("!", [8], "length")]
 WHOLE = Delta("he\u2028y\n!", [5, 6, 7, 8], "length")
 USAGE = Usage(3, 4, 2)
 
 
-def make(format_class, *, with_token_ids=False):
-    return format_class("id-1", 1700000000, "m", [[1, 2, 3], [4]], with_token_ids=with_token_ids)
+class Texts:
+    """A token is one letter; 26 and above are the single bytes of a character of three."""
+
+    def decode(self, ids):
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+    def is_special(self, token_id):
+        return False
+
+    def is_byte(self, token_id):
+        return False
+
+    def token_bytes(self, token_id):
+        return "\u2028".encode()[token_id - 26 : token_id - 25] if token_id >= 26 else bytes([97 + token_id])
+
+
+HEADER = Header(id="id-1", created=1700000000, model="m", system_fingerprint="fp")
+
+
+def make(format_class, *, with_token_ids=False, **extras):
+    return format_class(HEADER, [[1, 2, 3], [4]], Extras(token_ids=with_token_ids, **extras), Texts())
 
 
 @pytest.mark.parametrize("with_token_ids", [False, True])
@@ -69,3 +90,125 @@ def test_event_is_one_line():
     assert data.count(b"\n") == 2
     assert b"\r" not in data
     assert json.loads(data[6:]) == {"text": "a\r\nb\u2028\u00e9"}
+
+
+def score(token_id, logprob=-0.5, rank=1, top=()):
+    return TokenLogprobs(logprob, rank, [i for i, _ in top], [p for _, p in top])
+
+
+def fold(ids, stops=(), **options):
+    """The deltas of a log of one token a step."""
+    choice = ChoiceFold(Texts(), stops, **options)
+    deltas = []
+    for number, token_id in enumerate(ids):
+        finish = "length" if number == len(ids) - 1 else None
+        logprobs = score(token_id, -0.1 * number, 1, [(token_id, -0.1 * number), (0, float("-inf"))])
+        deltas.append(choice.push([token_id], finish, [logprobs]))
+    return deltas
+
+
+IDS = [7, 4, 26, 27, 28, 11]
+
+
+@pytest.mark.parametrize("format_class", [ChatFormat, CompletionFormat])
+def test_logprobs_of_the_stream_are_those_of_the_body(format_class):
+    deltas = fold(IDS)
+    stream, whole = make(format_class, top_logprobs=2), make(format_class, top_logprobs=2)
+    choices = [chunk["choices"][0] for delta in deltas for chunk in stream.chunks(0, delta)]
+    parts = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    expected = whole.body([merge(deltas)], USAGE)["choices"][0]["logprobs"]
+    for key in expected:
+        if expected[key] is not None:
+            assert [entry for part in parts for entry in part[key]] == expected[key]
+
+
+def test_chat_logprobs():
+    found = make(ChatFormat, top_logprobs=1).body([merge(fold(IDS))], USAGE)["choices"][0]["logprobs"]
+    assert b"".join(bytes(entry["bytes"]) for entry in found["content"]).decode() == "he\u2028l"
+    first = {"token": "h", "logprob": 0.0, "bytes": [104]}
+    assert found["content"][0] == {**first, "top_logprobs": [first]}
+    assert found["refusal"] is None
+
+
+def test_completion_logprobs_and_offsets():
+    found = make(CompletionFormat, top_logprobs=2).body([merge(fold(IDS))], USAGE)["choices"][0]["logprobs"]
+    assert found["text_offset"] == [0, 1, 2, 2, 2, 3]
+    assert found["tokens"][0] == "h"
+    assert found["top_logprobs"][0] == {"h": 0.0, "a": -9999.0}
+    assert len({len(values) for values in found.values()}) == 1
+
+
+def test_stop_string_takes_its_tokens_logprobs_along():
+    whole = merge(fold([0, 1, 2, 3, 4], stops=["cd"]))
+    found = make(ChatFormat, top_logprobs=0).body([whole], USAGE)["choices"][0]
+    assert found["message"]["content"] == "ab"
+    assert [entry["token"] for entry in found["logprobs"]["content"]] == ["a", "b"]
+    assert [entry["top_logprobs"] for entry in found["logprobs"]["content"]] == [[], []]
+
+
+def test_included_stop_string():
+    assert merge(fold([0, 1, 2, 3, 4], stops=["cd"], include_stop=True)).text == "abcd"
+
+
+def test_echo_with_logprobs():
+    prompt = [None, score(2, -2.0), score(3, -3.0)]
+    deltas = [Delta("a", [0], None, [], prompt), Delta("b", [1], "length")]
+    extras = {"top_logprobs": 0, "echo_texts": ["bcd", "e"]}
+    whole = make(CompletionFormat, **extras).body([merge(deltas)], USAGE)["choices"][0]
+    assert whole["text"] == "bcdab"
+    assert whole["logprobs"] == {
+        "tokens": ["b", "c", "d"],
+        "token_logprobs": [None, -2.0, -3.0],
+        "top_logprobs": [None, {"c": -2.0}, {"d": -3.0}],
+        "text_offset": [0, 1, 2],
+    }
+    stream = make(CompletionFormat, **extras)
+    texts = [chunk["choices"][0]["text"] for delta in deltas for chunk in stream.chunks(0, delta)]
+    assert texts == ["bcda", "b"]
+
+
+def test_prompt_logprobs():
+    scores = [None, score(2, -2.0, 5, [(3, -0.25)]), score(3, -0.5, 1, [(3, -0.5)])]
+    body = make(ChatFormat, top_prompt_logprobs=1).body([Delta("", [], "length", [], scores)], USAGE)
+    assert body["prompt_logprobs"] == [
+        None,
+        {
+            "2": {"logprob": -2.0, "rank": 5, "decoded_token": "c"},
+            "3": {"logprob": -0.25, "rank": 1, "decoded_token": "d"},
+        },
+        {"3": {"logprob": -0.5, "rank": 1, "decoded_token": "d"}},
+    ]
+    assert "prompt_logprobs" not in make(ChatFormat).body([Delta("", [], "length", [], scores)], USAGE)
+
+
+CALLS = [
+    Delta("", [1], None, reasoning="hm"),
+    Delta("", [2], None, tool_calls=(ToolCallDelta(0, "call_1", "f"),)),
+    Delta("", [3], "tool_calls", tool_calls=(ToolCallDelta(0, None, None, "{}"), ToolCallDelta(1, "call_2", "g"))),
+]
+
+
+def test_tool_calls_and_reasoning():
+    message = make(ChatFormat).body([merge(CALLS)], USAGE)["choices"][0]["message"]
+    assert message == {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "reasoning_content": "hm",
+        "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+            {"id": "call_2", "type": "function", "function": {"name": "g", "arguments": ""}},
+        ],
+    }
+
+
+def test_streamed_tool_calls():
+    stream = make(ChatFormat)
+    choices = [chunk["choices"][0] for delta in CALLS for chunk in stream.chunks(0, delta)]
+    calls = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
+    assert calls == [
+        {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": ""}},
+        {"index": 0, "function": {"arguments": "{}"}},
+        {"index": 1, "id": "call_2", "type": "function", "function": {"name": "g", "arguments": ""}},
+    ]
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["tool_calls"]
