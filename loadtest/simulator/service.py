@@ -18,7 +18,8 @@ from loadtest.simulator.clock import Clock
 from loadtest.simulator.pipelines import Change, Interruption, Pipeline, Sequence
 from loadtest.simulator.result import Fate, Outcome
 from loadtest.simulator.scenario import Request
-from planner.protocol import LoadReport, Plan
+from planner.protocol import Explanation, LoadReport, ModelShape, Plan
+from planner.protocol import Pipeline as Planned
 
 LOAD_WINDOW_S: Final = 30.0
 """Over which the gateway counts arrivals."""
@@ -41,6 +42,7 @@ class Service:
         self._sequences = [Sequence(request) for request in requests]
         self._queue: list[Sequence] = []
         self._next = 0
+        self._num_advertised = 0
         self._ended_s: dict[int, float] = {}
         self._arrived: deque[Request] = deque()
         self._finished: deque[tuple[float, int]] = deque()
@@ -66,6 +68,29 @@ class Service:
     def observe_plan(self, plan: Plan) -> None:
         """Pipelines that the plan does not name get no requests."""
         self._router.observe_plan(plan)
+
+    def advertise(self, model: ModelShape) -> None:
+        """For policies without a planner: all pipelines that run now get requests."""
+        self._num_advertised += 1
+        named = [
+            Planned(id=p.id, stages=[], max_batch=p.limits.max_batch, num_kv_blocks=0) for p in self.pipelines.values()
+        ]
+        why = Explanation(
+            cause="", cause_at_s=0.0, decided_at_s=0.0, arrivals_per_s=0.0, num_ranks=0, chosen=None, alternatives=[]
+        )
+        self._router.observe_plan(
+            Plan(
+                epoch=self._num_advertised,
+                model=model,
+                pipelines=named,
+                retiring=[],
+                transfers={},
+                addresses={},
+                explanation=why,
+                next_pipeline_number=0,
+            )
+        )
+        self.dispatch()
 
     def add(self, pipeline: Pipeline, deadline_s: float | None = None) -> None:
         """It serves from now on."""
