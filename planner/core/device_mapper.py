@@ -74,7 +74,8 @@ def map_devices(
     """The rank of each position, in the order of `positions_of(slots, ...)`.
 
     `inherits`: by slot, the ids of those of `retiring` that it takes over; each in one slot. Ranks under notice get
-    positions only if the others do not suffice, and then only for tensor groups that these cannot form. Raises ValueError if there are fewer ranks than positions.
+    positions only if the others do not suffice, and then only for tensor groups that these cannot form.
+    Raises ValueError if there are fewer ranks than positions.
     """
     positions = positions_of(slots, model.num_head_groups)
     if not positions:

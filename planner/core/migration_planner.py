@@ -1,48 +1,98 @@
-"""Which weight units each rank of a new pipeline pulls, from whom, in what order; and how long that takes.
+"""Which units each rank of a new pipeline gets, from whom, in what order, and how long that takes.
 
-Victims come first among the sources (they leave soon), then the load is spread over all holders; a copy in any
-pipeline is as good as another. Layers go front to back, so that front stages are complete first.
+SpotServe's Algorithm 2. KV goes first: it protects progress against an early end. Then the layers: those that only
+ranks under notice have, then front to back, so that front stages are complete first, as far as the memory bound allows
+(`memory_order`). A copy in any pipeline is as good as another: load is spread over all holders, those of the receiver's
+own instance before others.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from planner.core.fleet import Rank
-from planner.protocol import ModelShape, Pipeline, Shard, Stage, Transfer, UnitRange
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
-FIXED_S: Final = 0.2
-"""Messages and connections of a migration, beside its bytes."""
+from planner.core.fleet import Rank
+from planner.core.holders import Holders
+from planner.core.link_loads import FROM_DISK, LinkLoads, Load
+from planner.core.links import Links, uniform_links
+from planner.core.memory_order import memory_order
+from planner.core.missing import Missing, Piece
+from planner.protocol import EMBEDDING_LAYER, ModelShape, Pipeline, Shard, Stage, Transfer, UnitRange
+
 KV_GROWTH: Final = 1.5
 """Sequences grow between the decision and the stop."""
+MAX_PARTS: Final = 4
+"""Into which what several ranks hold is cut, so that each sends a share."""
 
-Unit = tuple[int, int]
+
+class Migration(msgspec.Struct, frozen=True, kw_only=True):
+    """All that moves for a plan. Seconds count from its start; nothing that must move: 0."""
+
+    transfers: dict[str, list[Transfer]]
+    """By receiving rank, in the order of execution; a rank that has all that it needs is left out."""
+    layer_order: list[int]
+    seconds: float
+    """Until everything is in: no link that is used can be done sooner."""
+    kv_seconds: dict[str, float]
+    """By retiring pipeline: what must stay free before its deadline for its KV to leave."""
+    stage_ready_s: dict[str, list[float]]
+    """By new pipeline: when each stage has its KV and its layers, and can start."""
+    reused_bytes: int
+    moved_bytes: int
+    """Weights only, those from disk included."""
+    disk_bytes: int
+    kv_bytes: int
+    """Of sequences that change ranks, as long as they are now."""
+    peak_bytes: int
+    """The most weights that a rank holds on the way above what it holds at the start or at the end."""
+    exceeds_bytes: int = 0
+    """By how much that is more than `u_max_bytes`."""
 
 
-def plan_transfers(
-    model: ModelShape, pipelines: Iterable[Pipeline], ranks: Mapping[str, Rank]
-) -> dict[str, list[Transfer]]:
-    """Transfers by receiving rank of `pipelines`; a rank that has all that it needs is left out.
+def plan_migration(
+    model: ModelShape,
+    pipelines: Iterable[Pipeline],
+    ranks: Mapping[str, Rank],
+    links: Links,
+    *,
+    u_max_bytes: int | None = None,
+    retiring: Iterable[Pipeline] = (),
+) -> Migration:
+    """Plan what the ranks of `pipelines` need. `ranks` are all living ranks; what none of them has comes from disk.
 
-    `ranks` are all living ranks; a unit that none of them holds gets a transfer with no sources (from disk).
+    `retiring`: pipelines that end and whose KV is worth moving; each one's heir names it in `Pipeline.inherits`.
+
+    `u_max_bytes` bounds the weights that a rank holds at any moment: the more of what it held before and of what it
+    holds after, and that much beyond. It assumes that a layer is let go by those that do not need it any more as soon
+    as it has arrived everywhere, as in the paper. An engine that serves the old pipelines while the new weights arrive
+    holds old and new together whatever the order is. None: no bound.
     """
-    holders = _holders(ranks.values())
-    load_bytes: dict[str, int] = defaultdict(int)
-    transfers = {}
-    for pipeline in pipelines:
-        for stage in pipeline.stages:
-            for shard in stage.shards:
-                missing = needed_units(model, stage, shard) - _units_of(ranks[shard.rank])
-                planned = list(_transfers_of(model, shard.rank, missing, holders, ranks, load_bytes))
-                if planned:
-                    transfers[shard.rank] = planned
-    return transfers
+    run = _Run(model, list(pipelines), ranks)
+    order, peak_bytes = run.layer_order(float("inf") if u_max_bytes is None else float(u_max_bytes))
+    transfers, weights = run.transfers(order)
+    kv = run.kv_loads(list(retiring))
+    loads = LinkLoads(links, run.instance_of, [*kv, *weights], len(order) + 1)
+    disk_bytes = sum(int(sum(load.step_bytes)) for load in weights if load.source == FROM_DISK)
+    return Migration(
+        transfers=transfers,
+        layer_order=[row + EMBEDDING_LAYER for row in order],
+        seconds=links.fixed_s + loads.seconds if kv or weights else 0.0,
+        kv_seconds={p.id: kv_migration_s(model, p, ranks, links) for p in retiring},
+        stage_ready_s=run.stage_ready_s([*kv, *weights], loads, links),
+        reused_bytes=int(run.missing.needed_bytes - run.missing.num_bytes),
+        moved_bytes=int(run.missing.num_bytes),
+        disk_bytes=disk_bytes,
+        kv_bytes=int(sum(sum(load.step_bytes) for load in kv) / KV_GROWTH),
+        peak_bytes=int(peak_bytes),
+        exceeds_bytes=max(0, int(peak_bytes) - u_max_bytes) if u_max_bytes is not None else 0,
+    )
 
 
-def needed_units(model: ModelShape, stage: Stage, shard: Shard) -> set[Unit]:
+def needed_units(model: ModelShape, stage: Stage, shard: Shard) -> set[tuple[int, int]]:
     """(layer, head group) pairs that a position needs, embedding and head included."""
     return {
         (layer, group)
@@ -56,114 +106,148 @@ def transfer_bytes(model: ModelShape, transfers: Iterable[Transfer]) -> int:
     return sum(_range_bytes(model, transfer.units) for transfer in transfers)
 
 
-def weight_migration_s(model: ModelShape, transfers: Mapping[str, list[Transfer]], bytes_per_s: float) -> float:
-    """Seconds until the busiest sender or receiver is done, if every first source delivers."""
-    load_bytes: dict[str, int] = defaultdict(int)
-    for receiver, planned in transfers.items():
-        for transfer in planned:
-            size = _range_bytes(model, transfer.units)
-            load_bytes[f"to {receiver}"] += size
-            load_bytes[f"from {transfer.sources[0]}" if transfer.sources else f"disk of {receiver}"] += size
-    return FIXED_S + max(load_bytes.values()) / bytes_per_s if load_bytes else 0.0
-
-
-def kv_migration_s(model: ModelShape, pipeline: Pipeline, ranks: Mapping[str, Rank], bytes_per_s: float) -> float:
-    """Seconds to move the KV of all live sequences of `pipeline`, as they will have grown when it stops."""
-    most_bytes = 0.0
+def kv_migration_s(model: ModelShape, pipeline: Pipeline, ranks: Mapping[str, Rank], links: Links | float) -> float:
+    """Seconds to move the KV of all live sequences of `pipeline` elsewhere, as they will have grown when it stops."""
+    links = links if isinstance(links, Links) else uniform_links(links)
+    by_instance: dict[str, float] = {}
     for stage in pipeline.stages:
         for shard in stage.shards:
-            units = (stage.last_layer - stage.first_layer + 1) * (shard.last_group - shard.first_group + 1)
             rank = ranks.get(shard.rank)
-            tokens = rank.inventory.kv_tokens if rank is not None else 0
-            most_bytes = max(most_bytes, units * model.kv_unit_bytes_per_token * tokens * KV_GROWTH)
-    return FIXED_S + most_bytes / bytes_per_s
+            if rank is not None:
+                units = (stage.last_layer - stage.first_layer + 1) * (shard.last_group - shard.first_group + 1)
+                num_bytes = units * model.kv_unit_bytes_per_token * rank.inventory.kv_tokens * KV_GROWTH
+                by_instance[rank.instance] = by_instance.get(rank.instance, 0.0) + num_bytes
+    return links.fixed_s + max(by_instance.values(), default=0.0) / links.inter_bytes_per_s
 
 
-def _transfers_of(
-    model: ModelShape,
-    receiver: str,
-    missing: set[Unit],
-    holders: Mapping[Unit, frozenset[str]],
-    ranks: Mapping[str, Rank],
-    load_bytes: dict[str, int],
-) -> Iterator[Transfer]:
-    for units, sources in _rectangles(missing, holders):
-        candidates = sources - {receiver}
-        victims = [name for name in candidates if ranks[name].deadline_s is not None]
-        # Each of the best class of holders serves a share of the layers.
-        for part in _cut(units, len(victims) or len(candidates)):
-            ordered = sorted(candidates, key=lambda name: (name not in victims, load_bytes[name], name))
-            if ordered:
-                load_bytes[ordered[0]] += _range_bytes(model, part)
-            yield Transfer(units=part, sources=ordered)
+class _Run:
+    """Ranks, instances and layers by number: layer rows count from the embedding."""
 
+    def __init__(self, model: ModelShape, pipelines: list[Pipeline], ranks: Mapping[str, Rank]) -> None:
+        self._model = model
+        self._pipelines = pipelines
+        self._ranks = list(ranks.values())
+        self._number = {rank.id: number for number, rank in enumerate(self._ranks)}
+        instances = {name: number for number, name in enumerate(dict.fromkeys(r.instance for r in self._ranks))}
+        self.instance_of = [instances[rank.instance] for rank in self._ranks]
+        self._layer_bytes = [model.unit_bytes(layer) for layer in range(EMBEDDING_LAYER, model.num_layers + 1)]
+        self._stage_of: dict[int, tuple[str, int]] = {}
+        positions = {}
+        for pipeline in pipelines:
+            for index, stage in enumerate(pipeline.stages):
+                for shard in stage.shards:
+                    number = self._number[shard.rank]
+                    self._stage_of[number] = pipeline.id, index
+                    positions[number] = (stage.first_layer, stage.last_layer, shard.first_group, shard.last_group)
+        self.missing = Missing(model, self._ranks, positions)
+        self._holders = Holders(self.missing.signatures, self._ranks, self.instance_of)
 
-def _rectangles(
-    missing: set[Unit], holders: Mapping[Unit, frozenset[str]]
-) -> Iterator[tuple[UnitRange, frozenset[str]]]:
-    """Rectangles that cover `missing` once, each with the ranks that hold all of it; front layers first."""
-    rows: dict[tuple[int, int, frozenset[str]], list[int]] = defaultdict(list)
-    for layer, in_layer in groupby(sorted(missing), key=lambda unit: unit[0]):
-        for first_group, last_group, sources in _runs_of_groups([group for _, group in in_layer], layer, holders):
-            rows[first_group, last_group, sources].append(layer)
-    rectangles = [
-        (
-            UnitRange(first_layer=first, last_layer=last, first_group=first_group, last_group=last_group),
-            sources,
+    def layer_order(self, u_max_bytes: float) -> tuple[list[int], float]:
+        missing = self.missing
+        urgent = missing.rows_with(
+            [number for number in range(len(missing.signatures)) if self._holders.is_leaving(number)]
         )
-        for (first_group, last_group, sources), layers in rows.items()
-        for first, last in _runs(layers)
-    ]
-    yield from sorted(rectangles, key=lambda item: (item[0].first_layer, item[0].first_group))
-
-
-def _runs_of_groups(
-    groups: list[int], layer: int, holders: Mapping[Unit, frozenset[str]]
-) -> Iterator[tuple[int, int, frozenset[str]]]:
-    by_sources: dict[frozenset[str], list[int]] = defaultdict(list)
-    for group in groups:
-        by_sources[holders.get((layer, group), frozenset())].append(group)
-    for sources, of_sources in by_sources.items():
-        for first, last in _runs(of_sources):
-            yield first, last, sources
-
-
-def _runs(numbers: list[int]) -> list[tuple[int, int]]:
-    """(first, last) of each run of consecutive ascending numbers."""
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1] = (runs[-1][0], number)
-        else:
-            runs.append((number, number))
-    return runs
-
-
-def _cut(units: UnitRange, num_parts: int) -> Iterator[UnitRange]:
-    """Cut into up to `num_parts` runs of layers, as even as possible."""
-    num_layers = units.last_layer - units.first_layer + 1
-    num_parts = max(1, min(num_parts, num_layers))
-    for index in range(num_parts):
-        yield UnitRange(
-            first_layer=units.first_layer + num_layers * index // num_parts,
-            last_layer=units.first_layer + num_layers * (index + 1) // num_parts - 1,
-            first_group=units.first_group,
-            last_group=units.last_group,
+        moving = [row for row in range(len(self._layer_bytes)) if missing.grow_bytes[row].any()]
+        # Layers that nobody receives are let go at once.
+        idle = [row for row in range(len(self._layer_bytes)) if row not in set(moving)]
+        preferred = idle + sorted(moving, key=lambda row: (row not in urgent, row))
+        order, peak_bytes = memory_order(
+            missing.grow_bytes, missing.release_bytes, missing.room_bytes, u_max_bytes, preferred
         )
+        return [row for row in order if row in set(moving)], peak_bytes
+
+    def transfers(self, order: Sequence[int]) -> tuple[dict[str, list[Transfer]], list[Load]]:
+        step_of = {row: step for step, row in enumerate(order, start=1)}
+        transfers: dict[str, list[Transfer]] = {}
+        loads = []
+        for receiver in self._stage_of:
+            planned: list[tuple[int, Transfer]] = []
+            for piece in self.missing.pieces_of(receiver, order):
+                for part in _cut(piece, min(MAX_PARTS, self._holders.num_of(piece.signature))):
+                    groups = part.last_group - part.first_group + 1
+                    sizes = [groups * self._layer_bytes[row] for row in range(part.first_row, part.last_row + 1)]
+                    sources = self._holders.choose(part.signature, receiver, sum(sizes))
+                    steps = [step_of[row] for row in range(part.first_row, part.last_row + 1)]
+                    transfer = Transfer(units=part.units(), sources=[self._ranks[n].id for n in sources])
+                    planned.append((steps[0], transfer))
+                    loads.append(Load(receiver, sources[0] if sources else FROM_DISK, steps, sizes))
+            if planned:
+                by_step = sorted(planned, key=lambda item: item[0])
+                transfers[self._ranks[receiver].id] = [transfer for _, transfer in by_step]
+        return transfers, loads
+
+    def kv_loads(self, retiring: Sequence[Pipeline]) -> list[Load]:
+        """KV that changes ranks between each retiring pipeline and its heir, in step 0."""
+        heirs = {name: pipeline for pipeline in self._pipelines for name in pipeline.inherits}
+        loads = []
+        for old in retiring:
+            heir = heirs.get(old.id)
+            senders, boxes = self._boxes(old)
+            if heir is None or not senders:
+                continue
+            receivers, new_boxes = self._boxes(heir)
+            overlap = np.minimum(boxes[:, None, 1::2], new_boxes[None, :, 1::2])
+            overlap = overlap - np.maximum(boxes[:, None, ::2], new_boxes[None, :, ::2]) + 1
+            units = np.maximum(overlap, 0).prod(axis=2)
+            for row, column in np.argwhere(units > 0).tolist():
+                tokens = self._ranks[senders[row]].inventory.kv_tokens
+                num_bytes = float(units[row, column]) * tokens * self._model.kv_unit_bytes_per_token * KV_GROWTH
+                if senders[row] != receivers[column] and num_bytes:
+                    loads.append(Load(receivers[column], senders[row], (0,), (num_bytes,)))
+        return loads
+
+    def stage_ready_s(self, loads: Sequence[Load], links: LinkLoads, rates: Links) -> dict[str, list[float]]:
+        ready_s = {pipeline.id: [0.0] * len(pipeline.stages) for pipeline in self._pipelines}
+        for load, arrival_s in zip(loads, links.arrival_s().tolist(), strict=True):
+            name, stage = self._stage_of[load.receiver]
+            ready_s[name][stage] = max(ready_s[name][stage], rates.fixed_s + arrival_s)
+        return ready_s
+
+    def _boxes(self, pipeline: Pipeline) -> tuple[list[int], NDArray[np.int64]]:
+        """The living ranks of `pipeline`, and their layers and head groups."""
+        boxes = {
+            self._number[shard.rank]: (stage.first_layer, stage.last_layer, shard.first_group, shard.last_group)
+            for stage in pipeline.stages
+            for shard in stage.shards
+            if shard.rank in self._number
+        }
+        return list(boxes), np.array(list(boxes.values()), dtype=np.int64).reshape(len(boxes), 4)
 
 
-def _holders(ranks: Iterable[Rank]) -> dict[Unit, frozenset[str]]:
-    names: dict[Unit, set[str]] = defaultdict(set)
-    for rank in ranks:
-        for unit in _units_of(rank):
-            names[unit].add(rank.id)
-    return {unit: frozenset(held_by) for unit, held_by in names.items()}
-
-
-def _units_of(rank: Rank) -> set[Unit]:
-    return set().union(*(units.units() for units in rank.inventory.units))
+def _cut(piece: Piece, num_parts: int) -> list[Piece]:
+    """Up to `num_parts` runs of layers, as even as possible."""
+    num_rows = piece.last_row - piece.first_row + 1
+    num_parts = max(1, min(num_parts, num_rows))
+    bounds = [piece.first_row + num_rows * index // num_parts for index in range(num_parts + 1)]
+    if num_parts == 1:
+        return [piece]
+    return [piece._replace(first_row=bounds[index], last_row=bounds[index + 1] - 1) for index in range(num_parts)]
 
 
 def _range_bytes(model: ModelShape, units: UnitRange) -> int:
     num_groups = units.last_group - units.first_group + 1
     return num_groups * sum(model.unit_bytes(layer) for layer in range(units.first_layer, units.last_layer + 1))
+
+
+# --- What planning still calls ---
+
+FIXED_S: Final = 0.2
+
+
+def plan_transfers(
+    model: ModelShape, pipelines: Iterable[Pipeline], ranks: Mapping[str, Rank]
+) -> dict[str, list[Transfer]]:
+    """The transfers of `plan_migration`."""
+    return plan_migration(model, pipelines, ranks, uniform_links(1.0)).transfers
+
+
+def weight_migration_s(model: ModelShape, transfers: Mapping[str, list[Transfer]], bytes_per_s: float) -> float:
+    """Seconds until the busiest sender or receiver is done, if every first source delivers."""
+    load_bytes: dict[str, int] = {}
+    for receiver, planned in transfers.items():
+        for transfer in planned:
+            size = _range_bytes(model, transfer.units)
+            sender = f"from {transfer.sources[0]}" if transfer.sources else f"disk of {receiver}"
+            for link in (f"to {receiver}", sender):
+                load_bytes[link] = load_bytes.get(link, 0) + size
+    return FIXED_S + max(load_bytes.values()) / bytes_per_s if load_bytes else 0.0

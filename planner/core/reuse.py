@@ -80,14 +80,14 @@ class ReuseTable:
         retiring: Sequence[Pipeline] = (),
         inherits: Sequence[Sequence[str]] = (),
     ) -> None:
-        self.holding_of, holdings = _classes(tuple(rank.inventory.units) for rank in ranks)
-        self.need_of, needs = _classes(position.rectangle for position in positions)
-        held = np.array([held_units(model, units) for units in holdings]) * _unit_bytes(model)
-        needed = np.array([_needed_units(model, *need) for need in needs])
+        self.holding_of, holdings = classes(tuple(rank.inventory.units) for rank in ranks)
+        self.need_of, needs = classes(position.rectangle for position in positions)
+        held = np.array([held_units(model, units) for units in holdings]) * unit_bytes(model)
+        needed = np.array([needed_units(model, *need) for need in needs])
         self._weight_bytes = held @ needed.T
         self.slot_of = np.array([position.slot for position in positions])
         parts = _kv_parts(ranks, retiring, inherits)
-        self.kv_of, rectangles = _classes(part[0] for part in parts)
+        self.kv_of, rectangles = classes(part[0] for part in parts)
         self.heir_of = np.array([part[1] for part in parts])
         self._kv_bytes_per_token = model.kv_unit_bytes_per_token * _overlaps(rectangles, needs)
         self._kv_tokens = np.array([float(part[2]) for part in parts])
@@ -135,16 +135,18 @@ def held_units(model: ModelShape, ranges: Iterable[UnitRange]) -> NDArray[np.boo
     return grid.ravel()
 
 
-def _needed_units(
+def needed_units(
     model: ModelShape, first_layer: int, last_layer: int, first_group: int, last_group: int
 ) -> NDArray[np.float64]:
+    """Vector over all units of the model: 1 where a position of these decoder layers and head groups needs it."""
     grid = np.zeros((model.num_layers + 2, model.num_head_groups))
     layers = [layer + 1 for layer in model.layers_of_stage(first_layer, last_layer)]
     grid[layers, first_group : last_group + 1] = 1.0
     return grid.ravel()
 
 
-def _unit_bytes(model: ModelShape) -> NDArray[np.float64]:
+def unit_bytes(model: ModelShape) -> NDArray[np.float64]:
+    """Vector over all units of the model."""
     by_layer = [float(model.unit_bytes(layer)) for layer in range(EMBEDDING_LAYER, model.num_layers + 1)]
     return np.repeat(by_layer, model.num_head_groups)
 
@@ -180,7 +182,7 @@ def _overlaps(
     return result
 
 
-def _classes(keys: Iterable[Key]) -> tuple[NDArray[np.int64], list[Key]]:
+def classes(keys: Iterable[Key]) -> tuple[NDArray[np.int64], list[Key]]:
     """The class of each key, and one key of each class."""
     numbers: dict[Key, int] = {}
     members = [numbers.setdefault(key, len(numbers)) for key in keys]
