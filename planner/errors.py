@@ -4,6 +4,7 @@ PlannerError
 ├── SettingsError        a setting is missing or out of range
 ├── ModelMismatchError   an instance serves another model than the fleet
 ├── InventoryError       an inventory names units that its model does not have, or contradicts itself
+├── MessageError         another message has a field with an impossible value
 ├── ProfileError         a profile of step times lacks what is asked for, or contradicts itself
 └── PlanInvariantError   a plan contradicts itself: a fault of the planner, the plan is not published
 """
@@ -34,6 +35,15 @@ class InventoryError(PlannerError):
     def __init__(self, instance: str, field: str, reason: str) -> None:
         super().__init__(f"inventory of {instance}: {field}: {reason}")
         self.instance = instance
+        self.field = field
+        self.reason = reason
+
+
+class MessageError(PlannerError):
+    def __init__(self, message: str, sender: str, field: str, reason: str) -> None:
+        super().__init__(f"{message} of {sender}: {field}: {reason}")
+        self.message = message
+        self.sender = sender
         self.field = field
         self.reason = reason
 

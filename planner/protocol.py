@@ -76,6 +76,9 @@ class UnitRange(Wire, frozen=True, kw_only=True):
     first_group: int
     last_group: int
 
+    def layers(self) -> range:
+        return range(self.first_layer, self.last_layer + 1)
+
     def units(self) -> set[tuple[int, int]]:
         """The (layer, head group) pairs of this rectangle."""
         return {

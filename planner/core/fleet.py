@@ -162,6 +162,15 @@ class Fleet:
             for rank in instance.inventory.ranks
         }
 
+    def ranks_of_others(self, instance_id: str) -> set[str]:
+        """Ranks that living instances other than this one have announced."""
+        return {
+            rank.rank
+            for instance in self.instances.values()
+            if instance.is_alive and instance.inventory is not None and instance.id != instance_id
+            for rank in instance.inventory.ranks
+        }
+
     def state_of(self, instance_id: str) -> InstanceState | None:
         instance = self.instances.get(instance_id)
         return instance.state if instance is not None else None

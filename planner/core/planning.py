@@ -179,6 +179,9 @@ def _notes(situation: Situation, decision: Decision) -> list[str]:
     if chosen.spares:
         because = "; used, they would not serve better" if chosen.pipelines and decision.score is not None else ""
         notes.append(f"{len(chosen.spares)} ranks without a position, as spares and sources of context{because}")
+    from_disk = {n for planned in chosen.transfers.values() for t in planned if not t.sources for n in t.units.layers()}
+    if from_disk:
+        notes.append(f"no rank holds {len(from_disk)} layers, or parts of them: they are read from disk")
     if situation.excluded_ranks:
         notes.append(f"excluded after failing to prepare: {', '.join(sorted(situation.excluded_ranks))}")
     heirless = {r.pipeline.id for r in chosen.retiring if not r.broken} - {i for p in chosen.new for i in p.inherits}

@@ -31,14 +31,14 @@ from planner.core.effects import (
     WatchInstance,
 )
 from planner.core.fleet import OUTLIVED_S, Fleet, Sign
+from planner.core.intake import check_inventory, check_load, check_notice
 from planner.core.invariants import check_plan
 from planner.core.load import Load
 from planner.core.planning import Situation, make_plan, retirement_kv_s
 from planner.core.rollout import Rollout
 from planner.core.setbacks import Setbacks
-from planner.errors import InventoryError, ModelMismatchError
+from planner.errors import ModelMismatchError
 from planner.protocol import (
-    EMBEDDING_LAYER,
     Explanation,
     InstanceInventory,
     InstanceLost,
@@ -165,11 +165,13 @@ class PlannerState:
         return []
 
     def _hear_inventory(self, inventory: InstanceInventory, now_s: float) -> list[Effect]:
-        self._adopt_model(inventory)
-        effects: list[Effect] = []
         name = inventory.instance
         known = self.fleet.instances.get(name)
         before = known.inventory if known is not None else None
+        is_same = before is not None and _identities(before.ranks) == _identities(inventory.ranks)
+        check_inventory(inventory, () if is_same else self.fleet.ranks_of_others(name))
+        self._adopt_model(inventory)
+        effects: list[Effect] = []
         if before is not None and before.liveness_address != inventory.liveness_address:
             effects += self._lose(name, "its agent was restarted", now_s, now_s)
         self.fleet.apply(name, Sign.ANNOUNCED, now_s, inventory.market)
@@ -178,7 +180,7 @@ class PlannerState:
         if not instance.reached:
             return [*effects, WatchInstance(instance=name, address=inventory.liveness_address)]
         self._note_inventory(inventory, now_s)
-        if before is not None and _identities(before.ranks) != _identities(inventory.ranks):
+        if before is not None and not is_same:
             self._want_decision(f"the ranks of {name} have changed", now_s, now_s)
         return effects
 
@@ -202,6 +204,7 @@ class PlannerState:
         return [Report(event="instance joined", fields={"instance": name, "ranks": ranks})]
 
     def _hear_notice(self, notice: PreemptionNotice, now_s: float) -> list[Effect]:
+        check_notice(notice)
         known = self.fleet.instances.get(notice.instance)
         if known is None and notice.deadline_s < now_s:
             return []
@@ -242,6 +245,7 @@ class PlannerState:
         ]
 
     def _hear_load(self, report: LoadReport, now_s: float) -> None:
+        check_load(report)
         self._load.note(report, now_s)
         is_calm = self._rollout.is_all_prepared and not self._rollout.retirements
         if self.model is None or not is_calm:
@@ -404,12 +408,6 @@ class PlannerState:
     def _adopt_model(self, inventory: InstanceInventory) -> None:
         """Raises PlannerError if the inventory does not belong into this fleet."""
         model = inventory.model
-        for rank in inventory.ranks:
-            for units in rank.units:
-                if units.first_layer < EMBEDDING_LAYER or units.last_layer > model.num_layers:
-                    raise InventoryError(inventory.instance, "units", f"{rank.rank} names layers outside the model")
-                if units.first_group < 0 or units.last_group >= model.num_head_groups:
-                    raise InventoryError(inventory.instance, "units", f"{rank.rank} names groups outside the model")
         if self.model is None or self.model == model:
             self.model = model
             return

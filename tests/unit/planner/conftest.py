@@ -12,8 +12,11 @@ from planner.core.effects import (
     Event,
     InstanceReached,
     ProbeInstances,
+    PublishAdvice,
     PublishArrange,
+    PublishDesired,
     PublishPlan,
+    Report,
     Tick,
     WatchInstance,
 )
@@ -23,11 +26,14 @@ from planner.core.migration_planner import needed_units
 from planner.core.state_machine import PlannerState
 from planner.protocol import (
     Arrange,
+    DesiredCapacity,
+    Explanation,
     InstanceInventory,
     InstanceLost,
     InstanceStarting,
     Market,
     ModelShape,
+    NoticeCancelled,
     Phase,
     Plan,
     PreemptionNotice,
@@ -99,12 +105,15 @@ class Process:
 
 
 class World:
-    def __init__(self, model: ModelShape, targets: Targets, memory_bytes: int = 2_000_000_000) -> None:
+    def __init__(self, model: ModelShape, targets: Targets, memory_bytes: int = 2_000_000_000, **options: Any) -> None:
+        """`options` are those of the state machine."""
         self.model = model
         self.targets = targets
+        self.options = options
+        self.profile = build_profile()
         self.memory_bytes = memory_bytes
         self.now_s = 1000.0
-        self.state = PlannerState(targets)
+        self.state = PlannerState(targets, **options)
         self.alive: dict[str, list[Process]] = {}
         self.plans: list[Plan] = []
         self.arranges: list[Arrange] = []
@@ -112,6 +121,13 @@ class World:
         self.stops: dict[str, float] = {}
         """Running pipelines that have been arranged: when they stop."""
         self.does_prepare = True
+        self.hung: set[str] = set()
+        """Ranks that never come to the end of a preparation."""
+        self.held: list[RankProgress] | None = None
+        """Progress messages that are on their way; None: they arrive at once."""
+        self.reports: list[Report] = []
+        self.advice: list[Explanation] = []
+        self.desired: list[DesiredCapacity] = []
         self.num_started = 0
         self.numbers_seen: dict[str, object] = {}
 
@@ -138,12 +154,15 @@ class World:
             liveness_address=f"live-{self.alive[name][0].address}",
             model=self.model,
             ranks=[process.inventory() for process in self.alive[name]],
-            profile=build_profile(),
+            profile=self.profile,
             epoch=self.plan.epoch if self.plans else 0,
         )
 
     def notice(self, name: str, notice_s: float) -> None:
         self.send(PreemptionNotice(instance=name, deadline_s=self.now_s + notice_s))
+
+    def cancel(self, name: str) -> None:
+        self.send(NoticeCancelled(instance=name))
 
     def kill(self, name: str) -> None:
         self.vanish(name)
@@ -167,7 +186,7 @@ class World:
     def restart_planner(self, *, meanwhile: str | None = None) -> None:
         plan = self.plans[-1] if self.plans else None
         history = list(self.state.history)
-        self.state = PlannerState(self.targets)
+        self.state = PlannerState(self.targets, **self.options)
         if meanwhile is not None:
             self.vanish(meanwhile)
         if plan is not None:
@@ -196,12 +215,20 @@ class World:
                 self.take_arrange(effect.arrange)
             elif isinstance(effect, ProbeInstances):
                 self.probes += effect.instances
+            elif isinstance(effect, Report):
+                self.reports.append(effect)
+            elif isinstance(effect, PublishAdvice):
+                self.advice.append(effect.explanation)
+            elif isinstance(effect, PublishDesired):
+                self.desired.append(effect.desired)
 
     def take_plan(self, plan: Plan) -> None:
         check_plan(plan, self.plans[-1] if self.plans else None)
         for pipeline in plan.pipelines:
             same = self.numbers_seen.setdefault(pipeline.id, pipeline)
             assert same == pipeline, f"{pipeline.id} was used for another pipeline"
+            assert self.state.fleet.ranks().keys() >= set(pipeline.ranks()), f"{pipeline.id} has lost ranks"
+            self.stops.pop(pipeline.id, None)
         self.check_transfers(plan)
         self.plans.append(plan)
         names = {p.id for p in plan.pipelines}
@@ -235,18 +262,20 @@ class World:
             for stage in pipeline.stages:
                 for shard in stage.shards:
                     process = self.processes().get(shard.rank)
-                    if process is not None and process.runs != pipeline.id:
+                    if process is not None and process.runs != pipeline.id and process.name not in self.hung:
                         process.units |= needed_units(self.model, stage, shard)
                         process.prepared.add(pipeline.id)
                         self.report(process.name, pipeline.id, Phase.PREPARED)
         self.start_free()
 
     def report(self, rank: str, pipeline: str, phase: Phase, detail: str = "") -> None:
-        self.send(
-            RankProgress(
-                rank=rank, epoch=self.plan.epoch, pipeline=pipeline, phase=phase, at_s=self.now_s, detail=detail
-            )
+        progress = RankProgress(
+            rank=rank, epoch=self.plan.epoch, pipeline=pipeline, phase=phase, at_s=self.now_s, detail=detail
         )
+        if self.held is None:
+            self.send(progress)
+        else:
+            self.held.append(progress)
 
     def take_arrange(self, arrange: Arrange) -> None:
         self.arranges.append(arrange)
@@ -340,7 +369,12 @@ def make_rank():
 
 @pytest.fixture
 def make_world():
-    def make(model: ModelShape | None = None, memory_bytes: int = 2_000_000_000, **targets) -> World:
-        return World(model or build_model(), Targets(**targets), memory_bytes)
+    def make(
+        model: ModelShape | None = None,
+        memory_bytes: int = 2_000_000_000,
+        options: dict[str, Any] | None = None,
+        **targets: Any,
+    ) -> World:
+        return World(model or build_model(), Targets(**targets), memory_bytes, **(options or {}))
 
     return make

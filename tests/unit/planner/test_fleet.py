@@ -84,9 +84,9 @@ def test_withdrawn_notice_leads_back_to_where_it_was(reached, state):
     fleet.instances["i1"].deadline_s = 9.0
     fleet.instances["i1"].reached = reached
     assert fleet.withdraw_notice("i1", 2.0)
-    assert fleet.state_of("i1") is state
-    assert fleet.instances["i1"].deadline_s is None
     assert not fleet.withdraw_notice("nobody", 2.0)
+    assert fleet.instances["i1"].deadline_s is None
+    assert [one.state for one in fleet.statuses()] == [state]
 
 
 def test_what_never_comes_is_overdue_and_what_is_lost_is_forgotten():
