@@ -84,8 +84,12 @@ class Layout(msgspec.Struct, frozen=True):
             return "no pipelines"
         parts = Counter(self.shapes()).items()
         return " and ".join(
-            f"{n} {'pipelines' if n > 1 else 'pipeline'} of {p} stages x {m} shards" for (p, m), n in parts
+            f"{_count(n, 'pipeline')} of {_count(p, 'stage')} x {_count(m, 'shard')}" for (p, m), n in parts
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 NOTHING: Final = Layout(())
@@ -105,10 +109,11 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Scorer:
-    """Latency and throughput of layouts at the workload of `costs`."""
+    """Latency and throughput of layouts for requests as in the workload of `costs`."""
 
-    def __init__(self, costs: CostModel) -> None:
+    def __init__(self, costs: CostModel, arrivals_per_s: float | None = None) -> None:
         self.costs = costs
+        self.arrivals_per_s = costs.workload.arrivals_per_s if arrivals_per_s is None else arrivals_per_s
         self._throughput_per_s: dict[Shape, float] = {}
         self._scores: dict[Layout, Score] = {}
 
@@ -125,9 +130,8 @@ class Scorer:
         return self._scores[layout]
 
     def _compute(self, layout: Layout) -> Score:
-        arrivals_per_s = self.costs.workload.arrivals_per_s
         total_per_s = sum(number * self.throughput_per_s(shape) for shape, number in layout.counts)
-        load = arrivals_per_s / total_per_s
+        load = self.arrivals_per_s / total_per_s
         latency_s = service_s = 0.0
         for shape, number in layout.counts:
             one_per_s = self.throughput_per_s(shape)
@@ -287,7 +291,7 @@ def _around(
     total_per_s = numbers * scorer.throughput_per_s(shape) + knapsack.throughput_per_s[num_ranks - numbers * size]
     keep = {number, number - 1, number - 2}
     for load in LOADS:
-        enough = np.flatnonzero(total_per_s >= scorer.costs.workload.arrivals_per_s / load)
+        enough = np.flatnonzero(total_per_s >= scorer.arrivals_per_s / load)
         keep |= {int(enough[-1])} if len(enough) else set()
     for kept in sorted(keep):
         if kept >= 0:
