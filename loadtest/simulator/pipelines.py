@@ -149,6 +149,7 @@ class Sequence:
         if num_tokens > 1:
             self.longest_gap_s = max(self.longest_gap_s, step_s)
         self.tokens += num_tokens
+        assert self.tokens <= self.request.output_tokens, f"request {self.request.id} has a token too many"
         self.last_token_s = first_s + (num_tokens - 1) * step_s
 
 

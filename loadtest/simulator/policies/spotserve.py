@@ -447,7 +447,9 @@ class Fleet:
         self._sample()
 
     def _sample(self) -> None:
-        shapes = [(len(self._planned[p].stages), self._planned[p].tensor) for p in self.service.pipelines]
+        running = [self._planned[name] for name in self.service.pipelines]
+        assert all(self.are_alive(_instances(p)) for p in running), "a pipeline runs on an instance that is gone"
+        shapes = [(len(p.stages), p.tensor) for p in running]
         self.ledger.sample(shapes)
 
     # --- KV ---
