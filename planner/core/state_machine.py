@@ -35,6 +35,7 @@ from planner.core.intake import check_inventory, check_load, check_notice
 from planner.core.invariants import check_plan
 from planner.core.load import Load
 from planner.core.planning import Situation, make_plan, retirement_kv_s
+from planner.core.profile import Profile
 from planner.core.rollout import Rollout
 from planner.core.setbacks import Setbacks
 from planner.errors import ModelMismatchError
@@ -70,12 +71,19 @@ PREPARE_TIMEOUT_S: Final = 120.0
 
 class PlannerState:
     def __init__(
-        self, targets: Targets, *, prepare_timeout_s: float = PREPARE_TIMEOUT_S, is_advisory: bool = False
+        self,
+        targets: Targets,
+        *,
+        prepare_timeout_s: float = PREPARE_TIMEOUT_S,
+        is_advisory: bool = False,
+        profile: Profile | None = None,
     ) -> None:
         """`prepare_timeout_s`: a rank whose preparation stands still for so long, beyond what its transfers should
         take, hangs. `is_advisory`: only what keeps the fleet serving is carried out, the rest is advice.
+        `profile`: None: what the instances have measured.
         """
         self.targets = targets
+        self._given_profile = profile
         self.fleet = Fleet()
         self.plan: Plan | None = None
         self.model: ModelShape | None = None
@@ -425,8 +433,10 @@ class PlannerState:
     def _is_planned(self, pipeline: str) -> bool:
         return self.plan is not None and any(p.id == pipeline for p in self.plan.pipelines)
 
-    def _profile(self) -> StepProfile | None:
+    def _profile(self) -> Profile | StepProfile | None:
         """Of the first living instance that has one: decisions must not change with the order of messages."""
+        if self._given_profile is not None:
+            return self._given_profile
         return next(
             (
                 instance.inventory.profile

@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from loadtest.errors import SimulationError
 from loadtest.simulator.clock import Clock, Timer
 from loadtest.simulator.ledger import Ledger
 from loadtest.simulator.network import Flow, Network, Place
@@ -24,7 +25,16 @@ from loadtest.simulator.result import Result
 from loadtest.simulator.scenario import Lifetime, Scenario, lifetimes
 from loadtest.simulator.service import Service
 from planner.core.config_optimizer import Targets
-from planner.core.effects import Event, InstanceReached, PublishArrange, PublishPlan, Tick, WatchInstance
+from planner.core.effects import (
+    Event,
+    InstanceReached,
+    PublishArrange,
+    PublishPlan,
+    Report,
+    Severity,
+    Tick,
+    WatchInstance,
+)
 from planner.core.migration_planner import needed_units, transfer_bytes
 from planner.core.state_machine import PlannerState
 from planner.protocol import (
@@ -129,7 +139,8 @@ class Fleet:
         self.clock = Clock(START_S)
         self.service = Service(self.clock, scenario.requests, scenario.model.max_model_len)
         self.ledger = Ledger(self.clock, scenario)
-        self.planner = PlannerState(_targets(scenario, options))
+        profile = msgspec.structs.replace(scenario.profile, transfer_bytes_per_s=scenario.links.inter_bytes_per_s)
+        self.planner = PlannerState(_targets(scenario, options), profile=profile)
         self._on_progress = on_progress
         self._network = Network(scenario.links)
         self._instances: dict[str, _Instance] = {}
@@ -233,8 +244,11 @@ class Fleet:
                     self._take_arrange(arrange)
                 case WatchInstance(instance=name):
                     self._later(InstanceReached(instance=name))
+                case Report(severity=Severity.ERROR):
+                    told = ", ".join(f"{name}: {value}" for name, value in effect.fields.items())
+                    raise SimulationError(f"{self.scenario.name}, {self.clock.now_s:.1f} s: {effect.event}: {told}")
                 case _:
-                    pass  # reports, and what a trace has decided already
+                    pass  # what a trace has decided already, and what is only told
         if self._tick is not None:
             self._tick.cancel()
         wakeup_s = self.planner.next_wakeup_s(self.clock.now_s)
