@@ -13,10 +13,10 @@ from planner.core.device_mapper import Position, SlotShape, map_devices, positio
 from planner.core.fleet import Rank
 from planner.core.hysteresis import Move
 from planner.core.layout import Layout, Shape
-from planner.core.migration_planner import plan_transfers, transfer_bytes, weight_migration_s
-from planner.core.retirement import retirement_kv_s, retiring_pipelines
+from planner.core.migration_planner import Migration, plan_migration
+from planner.core.retirement import retiring_pipelines
 from planner.core.situation import Situation, number_of, shape_of
-from planner.protocol import Pipeline, Retiring, Shard, Stage, Transfer
+from planner.protocol import Pipeline, Retiring, Shard, Stage
 
 
 class Fit(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,7 +39,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
     kept: list[Pipeline]
     new: list[Pipeline]
     retiring: list[Retiring]
-    transfers: dict[str, list[Transfer]]
+    migration: Migration
     move: Move
     spares: list[str]
     """Ranks without a position."""
@@ -65,14 +65,21 @@ def finish_draft(
 ) -> Draft:
     """Work out the transfers, and what the change costs."""
     unsettled = [p for p in [*kept, *new] if p.id not in situation.settled]
-    transfers = plan_transfers(situation.model, unsettled, situation.ranks)
+    migration = plan_migration(
+        situation.model,
+        unsettled,
+        situation.ranks,
+        situation.find_links(),
+        u_max_bytes=situation.buffer_bytes or None,
+        retiring=[r.pipeline for r in retiring if not r.broken],
+    )
     taken = {name for pipeline in [*kept, *new] for name in pipeline.ranks()}
     return Draft(
         kept=kept,
         new=new,
         retiring=retiring,
-        transfers=transfers,
-        move=_move(situation, fit, kept, retiring, transfers),
+        migration=migration,
+        move=_move(situation, fit, kept, migration),
         spares=[rank.id for rank in fit.pool if rank.id not in taken],
     )
 
@@ -134,22 +141,15 @@ def _stages(positions: Sequence[Position], ranks: Sequence[Rank], num_slots: int
     return stages
 
 
-def _move(
-    situation: Situation,
-    fit: Fit,
-    kept: list[Pipeline],
-    retiring: list[Retiring],
-    transfers: dict[str, list[Transfer]],
-) -> Move:
+def _move(situation: Situation, fit: Fit, kept: list[Pipeline], migration: Migration) -> Move:
     kept_ids = {pipeline.id for pipeline in kept}
-    stopped_ids = {pipeline.id for pipeline in fit.present} - kept_ids
-    stopped = [r for r in retiring if r.pipeline.id in stopped_ids]
+    stopped = [pipeline for pipeline in fit.present if pipeline.id not in kept_ids]
     throughput = {p.id: fit.costs.throughput_per_s(*shape_of(p)) for p in fit.present}
     mean_tokens = situation.workload.prompt_tokens + situation.workload.output_tokens / 2
     return Move(
-        pause_s=round(max((retirement_kv_s(situation, r) for r in stopped), default=0.0), 3),
-        prepare_s=weight_migration_s(situation.model, transfers, situation.bytes_per_s),
-        bytes_moved=sum(transfer_bytes(situation.model, planned) for planned in transfers.values()),
-        num_sequences=sum(situation.kv_tokens(r.pipeline) for r in stopped) / max(1.0, mean_tokens),
-        stopped_share=sum(throughput[i] for i in stopped_ids) / max(sum(throughput.values()), 1e-9),
+        pause_s=max((migration.kv_seconds.get(p.id, 0.0) for p in stopped), default=0.0),
+        prepare_s=migration.seconds,
+        bytes_moved=migration.moved_bytes,
+        num_sequences=sum(situation.kv_tokens(p) for p in stopped) / max(1.0, mean_tokens),
+        stopped_share=sum(throughput[p.id] for p in stopped) / max(sum(throughput.values()), 1e-9),
     )

@@ -12,7 +12,6 @@ from planner.core.drafting import Draft, Fit, draft, finish_draft
 from planner.core.fleet import Rank
 from planner.core.hysteresis import is_worth
 from planner.core.layout import Layout, Score
-from planner.core.migration_planner import needed_units
 from planner.core.retirement import is_news, retirement_kv_s, retiring_pipelines
 from planner.core.situation import Situation, layout_of, shape_of, without_conflicts
 from planner.protocol import Alternative, Explanation, ParallelConfig, Pipeline, Plan, RankAddress
@@ -50,7 +49,7 @@ def make_plan(situation: Situation, now_s: float) -> Plan | None:
         model=situation.model,
         pipelines=chosen.pipelines,
         retiring=chosen.retiring,
-        transfers=chosen.transfers,
+        transfers=chosen.migration.transfers,
         addresses={},
         explanation=_explanation(situation, decision, now_s),
         next_pipeline_number=(last.next_pipeline_number if last is not None else 1) + len(chosen.new),
@@ -150,7 +149,7 @@ def _calm_s(situation: Situation, drafted: Draft, now_s: float) -> float:
 def _explanation(situation: Situation, decision: Decision, now_s: float) -> Explanation:
     chosen = decision.draft
     configs = _configs(chosen.pipelines)
-    kv_s = [retirement_kv_s(situation, r) for r in chosen.retiring if not r.broken]
+    migration = chosen.migration
     return Explanation(
         cause=situation.cause,
         cause_at_s=situation.cause_at_s,
@@ -160,9 +159,9 @@ def _explanation(situation: Situation, decision: Decision, now_s: float) -> Expl
         chosen=configs[0] if configs else None,
         others=configs[1:],
         alternatives=_alternatives(situation, decision),
-        bytes_reused=_needed_bytes(situation, chosen) - chosen.move.bytes_moved,
-        bytes_moved=chosen.move.bytes_moved,
-        migration_s=round(max([chosen.move.prepare_s, *kv_s]), 3),
+        bytes_reused=migration.reused_bytes,
+        bytes_moved=migration.moved_bytes,
+        migration_s=round(max([migration.seconds, *migration.kv_seconds.values()]), 3),
         notes=_notes(situation, decision),
         prompt_tokens=situation.workload.prompt_tokens,
         output_tokens=situation.workload.output_tokens,
@@ -179,7 +178,9 @@ def _notes(situation: Situation, decision: Decision) -> list[str]:
     if chosen.spares:
         because = "; used, they would not serve better" if chosen.pipelines and decision.score is not None else ""
         notes.append(f"{len(chosen.spares)} ranks without a position, as spares and sources of context{because}")
-    from_disk = {n for planned in chosen.transfers.values() for t in planned if not t.sources for n in t.units.layers()}
+    from_disk = {
+        n for planned in chosen.migration.transfers.values() for t in planned if not t.sources for n in t.units.layers()
+    }
     if from_disk:
         notes.append(f"no rank holds {len(from_disk)} layers, or parts of them: they are read from disk")
     if situation.excluded_ranks:
@@ -226,18 +227,6 @@ def _configs(pipelines: list[Pipeline]) -> list[ParallelConfig]:
         ParallelConfig(data=numbers[shape], pipeline=shape[0], tensor=shape[1], max_batch=max_batch[shape])
         for shape in dict.fromkeys(layout_of(pipelines).shapes())
     ]
-
-
-def _needed_bytes(situation: Situation, drafted: Draft) -> int:
-    model = situation.model
-    return sum(
-        model.unit_bytes(layer)
-        for pipeline in drafted.pipelines
-        if pipeline.id not in situation.settled
-        for stage in pipeline.stages
-        for shard in stage.shards
-        for layer, _ in needed_units(model, stage, shard)
-    )
 
 
 def _addresses(plan: Plan, situation: Situation) -> dict[str, RankAddress]:

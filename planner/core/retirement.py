@@ -23,7 +23,7 @@ def retiring_pipelines(situation: Situation, kept: Collection[str], serves_with:
 
 def retirement_kv_s(situation: Situation, retiring: Retiring) -> float:
     """Seconds that must stay free before the deadline of a retiring pipeline for its KV to leave."""
-    return kv_migration_s(situation.model, retiring.pipeline, situation.ranks, situation.bytes_per_s)
+    return kv_migration_s(situation.model, retiring.pipeline, situation.ranks, situation.find_links())
 
 
 def is_news(last: Plan, pipelines: list[Pipeline], retiring: list[Retiring], deadlines: dict[str, float]) -> bool:

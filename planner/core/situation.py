@@ -12,6 +12,7 @@ from planner.core.config_optimizer import Targets
 from planner.core.cost_model import CostModel, Factors, Workload
 from planner.core.fleet import Rank
 from planner.core.layout import Layout, Shape
+from planner.core.links import Links, uniform_links
 from planner.core.profile import Profile
 from planner.protocol import ModelShape, Pipeline, Plan, Retiring, StepProfile
 
@@ -44,6 +45,12 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """Pipelines that earlier plans retire and that have not stopped yet."""
     revivable: frozenset[str] = frozenset()
     """Those of `open_retirements` that nobody has asked to stop yet."""
+    links: Links | None = None
+    """None: as the profile measured."""
+    buffer_bytes: int | None = 0
+    """What a migration may receive on a rank before it releases anything, see `CostModel`."""
+    step_tokens: int = 0
+    """Rows of the largest step, see `CostModel`."""
     corrections: Factors | None = None
     """What measured steps say of the profile."""
     expected_calm_s: float = CALM_S
@@ -56,9 +63,9 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     reviews_notices: bool = False
     """The caller decides again at `review_at_s`: until then instances with a long notice serve on."""
 
-    @property
-    def bytes_per_s(self) -> float:
-        return self.costs(0).profile.transfer_bytes_per_s
+    def find_links(self) -> Links:
+        """Those given, or what the profile measured."""
+        return self.links if self.links is not None else uniform_links(self.costs(0).profile.transfer_bytes_per_s)
 
     def costs(self, memory_bytes: int) -> CostModel:
         """Of configurations on ranks with `memory_bytes` each."""
@@ -68,6 +75,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
             memory_bytes,
             self.workload,
             self.targets.max_batch,
+            buffer_bytes=self.buffer_bytes,
+            step_tokens=self.step_tokens,
             corrections=self.corrections,
         )
 
@@ -125,7 +134,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
             )
             for rank in self.ranks.values()
         )
-        return SHORT_NOTICE_S + max(held_bytes, default=0) / self.bytes_per_s
+        return SHORT_NOTICE_S + max(held_bytes, default=0) / self.find_links().inter_bytes_per_s
 
 
 def shape_of(pipeline: Pipeline) -> Shape:
