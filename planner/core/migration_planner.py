@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from planner.core.fleet import Rank
 from planner.core.holders import Holders
 from planner.core.link_loads import FROM_DISK, LinkLoads, Load
-from planner.core.links import Links, uniform_links
+from planner.core.links import Links
 from planner.core.memory_order import memory_order
 from planner.core.missing import Missing, Piece
 from planner.protocol import EMBEDDING_LAYER, ModelShape, Pipeline, Shard, Stage, Transfer, UnitRange
@@ -106,9 +106,8 @@ def transfer_bytes(model: ModelShape, transfers: Iterable[Transfer]) -> int:
     return sum(_range_bytes(model, transfer.units) for transfer in transfers)
 
 
-def kv_migration_s(model: ModelShape, pipeline: Pipeline, ranks: Mapping[str, Rank], links: Links | float) -> float:
+def kv_migration_s(model: ModelShape, pipeline: Pipeline, ranks: Mapping[str, Rank], links: Links) -> float:
     """Seconds to move the KV of all live sequences of `pipeline` elsewhere, as they will have grown when it stops."""
-    links = links if isinstance(links, Links) else uniform_links(links)
     by_instance: dict[str, float] = {}
     for stage in pipeline.stages:
         for shard in stage.shards:
@@ -227,27 +226,3 @@ def _cut(piece: Piece, num_parts: int) -> list[Piece]:
 def _range_bytes(model: ModelShape, units: UnitRange) -> int:
     num_groups = units.last_group - units.first_group + 1
     return num_groups * sum(model.unit_bytes(layer) for layer in range(units.first_layer, units.last_layer + 1))
-
-
-# --- What planning still calls ---
-
-FIXED_S: Final = 0.2
-
-
-def plan_transfers(
-    model: ModelShape, pipelines: Iterable[Pipeline], ranks: Mapping[str, Rank]
-) -> dict[str, list[Transfer]]:
-    """The transfers of `plan_migration`."""
-    return plan_migration(model, pipelines, ranks, uniform_links(1.0)).transfers
-
-
-def weight_migration_s(model: ModelShape, transfers: Mapping[str, list[Transfer]], bytes_per_s: float) -> float:
-    """Seconds until the busiest sender or receiver is done, if every first source delivers."""
-    load_bytes: dict[str, int] = {}
-    for receiver, planned in transfers.items():
-        for transfer in planned:
-            size = _range_bytes(model, transfer.units)
-            sender = f"from {transfer.sources[0]}" if transfer.sources else f"disk of {receiver}"
-            for link in (f"to {receiver}", sender):
-                load_bytes[link] = load_bytes.get(link, 0) + size
-    return FIXED_S + max(load_bytes.values()) / bytes_per_s if load_bytes else 0.0
