@@ -5,6 +5,7 @@ hold.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ from planner.protocol import EMBEDDING_LAYER, ModelShape, UnitRange
 NO_UNIT = -1
 Rectangle = tuple[int, int, int, int]
 """(first layer, last layer, first head group, last head group)"""
+Run = tuple[int, int, int]
+"""(first head group, last head group, signature)"""
 
 
 class Piece(NamedTuple):
@@ -50,8 +53,12 @@ class Missing:
         members: list[list[int]] = [[] for _ in holdings]
         for number, holding in enumerate(holding_of.tolist()):
             members[holding].append(number)
-        signature_of, holders = classes(map(tuple, _holding_classes(held, shape[0] * shape[1])))
-        self.signatures = [[number for holding in of for number in members[holding]] for of in holders]
+        # Each unit's column of `held`, as a key.
+        columns = np.packbits(held, axis=0).T if holdings else np.zeros((shape[0] * shape[1], 0), dtype=np.uint8)
+        signature_of, keys = classes(column.tobytes() for column in np.ascontiguousarray(columns))
+        self.signatures = [
+            [number for holding in np.flatnonzero(_bits(key)).tolist() for number in members[holding]] for key in keys
+        ]
         """The ranks that hold a unit, for each set of ranks that there is."""
         need_of, needs = classes(positions.values())
         needed = np.array([needed_units(model, *need) for need in needs], dtype=np.bool_).reshape(
@@ -94,11 +101,15 @@ class Missing:
 
 def _pieces(grid: NDArray[np.int64], order: Sequence[int]) -> list[Piece]:
     pieces: list[Piece] = []
-    open_at: dict[tuple[int, int, int], int] = {}
+    open_at: dict[Run, int] = {}
     """Pieces that the last row has extended, by groups and signature."""
+    runs_of: dict[bytes, list[Run]] = {}
     for row in order:
+        line = grid[row].tobytes()
+        if line not in runs_of:
+            runs_of[line] = _runs(grid[row].tolist())
         still_open = {}
-        for run in _runs(grid[row]):
+        for run in runs_of[line]:
             at = open_at.get(run)
             if at is not None and pieces[at].last_row == row - 1:
                 pieces[at] = pieces[at]._replace(last_row=row)
@@ -110,23 +121,19 @@ def _pieces(grid: NDArray[np.int64], order: Sequence[int]) -> list[Piece]:
     return pieces
 
 
-def _runs(signatures: NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """(first, last, value) of each run of equal values, except `NO_UNIT`."""
-    starts = np.flatnonzero(np.diff(signatures, prepend=NO_UNIT - 1)).tolist()
-    ends = [*starts[1:], len(signatures)]
-    runs = ((start, end - 1, int(signatures[start])) for start, end in zip(starts, ends, strict=True))
-    return [run for run in runs if run[2] != NO_UNIT]
+def _runs(signatures: list[int]) -> list[Run]:
+    """Of equal values, except `NO_UNIT`."""
+    runs, first = [], 0
+    for signature, members in groupby(signatures):
+        end = first + len(list(members))
+        if signature != NO_UNIT:
+            runs.append((first, end - 1, signature))
+        first = end
+    return runs
 
 
-def _holding_classes(held: NDArray[np.bool_], num_units: int) -> Iterable[list[int]]:
-    """For each unit the rows of `held` that have it."""
-    known: dict[bytes, list[int]] = {}
-    packed = np.packbits(held, axis=0).T if len(held) else np.zeros((num_units, 0), dtype=np.uint8)
-    for unit, column in enumerate(np.ascontiguousarray(packed)):
-        key = column.tobytes()
-        if key not in known:
-            known[key] = np.flatnonzero(held[:, unit]).tolist()
-        yield known[key]
+def _bits(key: bytes) -> NDArray[np.uint8]:
+    return np.unpackbits(np.frombuffer(key, dtype=np.uint8))
 
 
 def _columns(grids: Iterable[NDArray[np.float64]], num_rows: int) -> NDArray[np.float64]:
