@@ -397,8 +397,8 @@ def _latency_or_never(outcome: Outcome) -> float:
 
 
 def _at(ascending: Sequence[float], percentile: float) -> float:
-    """The value that `percentile` percent of the others do not exceed (nearest rank)."""
-    return ascending[min(len(ascending) - 1, max(0, math.ceil(len(ascending) * percentile / 100) - 1))]
+    """As `metrics.percentiles` counts: the value at index n * p / 100."""
+    return ascending[min(len(ascending) - 1, int(len(ascending) * percentile / 100 + 1e-9))]
 
 
 def _tail(percentile: float) -> float:

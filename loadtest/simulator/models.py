@@ -10,10 +10,10 @@ import msgspec
 from engine.core.model_config import ModelConfig
 from engine.errors import ModelError
 from loadtest.errors import InputError
+from planner.core.roofline import DecoderShape
 
 KV_BLOCK_TOKENS: Final = 16
 """The engine's."""
-DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _LLAMA_3: Final = {
     "model_type": "llama",
@@ -78,3 +78,19 @@ def read_model(given: str) -> Model:
         return Model(name=path.resolve().parent.name or path.stem, config=ModelConfig.from_dict(content))
     except ModelError as error:
         raise InputError(str(path), None, "model", str(error)) from error
+
+
+def decoder_shape(model: Model, dtype: str) -> DecoderShape:
+    """What an estimate of its step times needs; all families of the engine have a gated MLP."""
+    config = model.config
+    return DecoderShape(
+        name=model.name,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        dtype=dtype,
+    )
