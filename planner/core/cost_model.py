@@ -194,7 +194,8 @@ class CostModel:
         """
         if num_decoding <= 0 and prefill_tokens <= 0:
             return 0.0
-        num_prompts = math.ceil(prefill_tokens / max(1.0, self.workload.prompt_tokens)) if prefill_tokens > 0 else 0
+        prompt_tokens = max(1.0, self.workload.prompt_tokens)
+        num_prompts = math.ceil(prefill_tokens / prompt_tokens) if prefill_tokens > 0 else 0
         num_micro_batches = min(pipeline, num_decoding + num_prompts)
         micro_batch = max(1.0, num_decoding / num_micro_batches)
         layer_ms = self._decode_layer_ms(tensor, micro_batch)
@@ -206,10 +207,12 @@ class CostModel:
             step_ms = max(times_ms[0], num_micro_batches * times_ms[1])
         else:
             num_filled = min(num_micro_batches, num_prompts)
-            with_prompt_ms = self._with_prompt_ms(pipeline, tensor, micro_batch, layer_ms, prefill_tokens / num_filled)
+            most_tokens = min(prefill_tokens, math.ceil(num_prompts / num_filled) * prompt_tokens)
+            shape = (pipeline, tensor, micro_batch, layer_ms)
+            through_ms, _ = self._with_prompt_ms(*shape, most_tokens)
+            _, turn_ms = self._with_prompt_ms(*shape, prefill_tokens / num_filled)
             # They follow each other round: the slowest on its way, or all of them at the slowest stage.
-            turns_ms = (num_micro_batches - num_filled) * times_ms[1] + num_filled * with_prompt_ms[1]
-            step_ms = max(with_prompt_ms[0], turns_ms)
+            step_ms = max(through_ms, (num_micro_batches - num_filled) * times_ms[1] + num_filled * turn_ms)
         return step_ms * self._factor(pipeline, tensor)
 
     def decode_step_ms(self, pipeline: int, tensor: int, num_sequences: int) -> float:
