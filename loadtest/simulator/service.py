@@ -103,7 +103,11 @@ class Service:
         self._deadlines_s[pipeline] = min(deadline_s, self._deadlines_s.get(pipeline, deadline_s))
 
     def remove(self, pipeline: str) -> None:
-        self.pipelines.pop(pipeline, None)
+        """It serves no more."""
+        removed = self.pipelines.pop(pipeline, None)
+        if removed is not None:
+            removed.takes_requests = False
+            self._router.observe_state(self._state(removed), self.clock.now_s)
         self._deadlines_s.pop(pipeline, None)
 
     def break_off(self, pipeline: Pipeline, change: Change, *, from_scratch: bool) -> None:

@@ -8,7 +8,6 @@ sequences go on elsewhere, with their KV where pulling it is sooner than computi
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence as Items
 from typing import Final
 
@@ -16,6 +15,14 @@ import msgspec
 
 from loadtest.errors import SimulationError
 from loadtest.simulator.clock import Clock, Timer
+from loadtest.simulator.context import (
+    holds,
+    instances_of,
+    kv_flows,
+    position_units,
+    pull_everything,
+    weight_flows,
+)
 from loadtest.simulator.ledger import Ledger
 from loadtest.simulator.network import Flow, Network, Place
 from loadtest.simulator.pipelines import Change, Interruption, Limits, Pipeline, Sequence
@@ -35,7 +42,6 @@ from planner.core.effects import (
     Tick,
     WatchInstance,
 )
-from planner.core.migration_planner import needed_units, transfer_bytes
 from planner.core.state_machine import PlannerState
 from planner.protocol import (
     Arrange,
@@ -121,7 +127,7 @@ class ParkedKv:
         self._sequence = sequence
         self.num_tokens = num_tokens
         self._until_s = fleet.clock.now_s + PARKED_KV_S
-        self.instances = frozenset(_instances(planned))
+        self.instances = frozenset(instances_of(planned))
 
     def start(self, target: str, num_tokens: int, now_s: float) -> float | None:
         """The engine's rule: pull if that is sooner than to compute, and done before the holders go."""
@@ -207,7 +213,7 @@ class Fleet:
     def _notice(self, name: str, deadline_s: float) -> None:
         self._instances[name].deadline_s = deadline_s
         for pipeline in self.service.pipelines:
-            if name in _instances(self._planned[pipeline]):
+            if name in instances_of(self._planned[pipeline]):
                 self.service.set_deadline(pipeline, deadline_s)
         self._refresh()
         self._send(PreemptionNotice(instance=name, deadline_s=deadline_s))
@@ -220,11 +226,11 @@ class Fleet:
         change = self.ledger.change(f"{name} lost")
         for pipeline in list(self.service.pipelines.values()):
             pipeline.fail_pulls(name)
-            if name in _instances(self._planned[pipeline.id]):
+            if name in instances_of(self._planned[pipeline.id]):
                 self._free(pipeline.id)
                 self.service.break_off(pipeline, self._changes.get(pipeline.id, change), from_scratch=False)
         for preparation in list(self._preparing.values()):
-            if name in _instances(preparation.planned):
+            if name in instances_of(preparation.planned):
                 self._drop(preparation)
             elif name in preparation.sources:
                 self._pull_again(preparation)
@@ -321,17 +327,18 @@ class Fleet:
         for preparation in [p for p in self._preparing.values() if p.planned.id not in names]:
             self._drop(preparation)
         new = [p for p in plan.pipelines if p.id not in self._preparing and p.id not in self.service.pipelines]
-        self._prepare([p for p in new if self.are_alive(_instances(p))], plan.transfers)
+        self._prepare([p for p in new if self.are_alive(instances_of(p))], plan.transfers)
 
     def _prepare(self, new: Items[PlannedPipeline], transfers: dict[str, list[Transfer]]) -> None:
         """All ranks of `new` pull what they lack."""
+        places = self._places()
         flows: dict[Place, list[Flow]] = {}
         pulls: dict[str, list[Transfer]] = {}
         for planned in new:
             self._preparing[planned.id] = _Preparation(planned)
             for rank in planned.ranks():
                 pulls[rank] = transfers.get(rank, []) if self.options.device_mapper else self._pull_all(planned, rank)
-                flows[self._ranks[rank].place] = self._flows(pulls[rank])
+                flows[places[rank]] = weight_flows(self.scenario.model, pulls[rank], places)
         done_s = self._network.move(flows, self.clock.now_s)
         num_bytes = sum(flow.num_bytes for queue in flows.values() for flow in queue)
         is_warm = self.clock.now_s < 0  # the service ran before the trace began
@@ -345,26 +352,12 @@ class Fleet:
             sources = {t.sources[0] for rank in planned.ranks() for t in pulls[rank] if t.sources}
             self._preparing[planned.id].sources = {self._ranks[s].place.instance for s in sources if s in self._ranks}
 
-    def _flows(self, transfers: Items[Transfer]) -> list[Flow]:
-        """The first source that lives delivers, else the disk."""
-        flows = []
-        for transfer in transfers:
-            alive = [self._ranks[name].place for name in transfer.sources if name in self._ranks]
-            flows.append(Flow(alive[0] if alive else None, transfer_bytes(self.scenario.model, [transfer])))
-        return flows
+    def _places(self) -> dict[str, Place]:
+        return {name: rank.place for name, rank in self._ranks.items()}
 
-    def _pull_all(self, planned: PlannedPipeline, receiver: str) -> list[Transfer]:
-        """Everything that it needs, as if it held nothing; from others that hold it, in turns."""
-        transfers = []
-        for stage in planned.stages:
-            for shard in stage.shards:
-                if shard.rank == receiver:
-                    for layer, group in sorted(needed_units(self.scenario.model, stage, shard)):
-                        units = UnitRange(first_layer=layer, last_layer=layer, first_group=group, last_group=group)
-                        holders = [n for n, r in self._ranks.items() if n != receiver and _holds(r, layer, group)]
-                        turn = (layer + group) % len(holders) if holders else 0
-                        transfers.append(Transfer(units=units, sources=holders[turn : turn + 1]))
-        return transfers
+    def _pull_all(self, planned: PlannedPipeline, rank: str) -> list[Transfer]:
+        held = {state.place: state.units for state in self._ranks.values()}
+        return pull_everything(self.scenario.model, planned, rank, held)
 
     def _await(self, preparation: _Preparation, rank: str, at_s: float) -> None:
         preparation.timers[rank] = self.clock.at(at_s, lambda: self._prepared(preparation, rank))
@@ -372,7 +365,7 @@ class Fleet:
     def _prepared(self, preparation: _Preparation, rank: str) -> None:
         del preparation.timers[rank]
         state, planned = self._ranks[rank], preparation.planned
-        state.units = list(dict.fromkeys([*state.units, *_units(self.scenario, planned, rank)]))
+        state.units = list(dict.fromkeys([*state.units, *position_units(self.scenario.model, planned, rank)]))
         state.prepared.append(planned.id)
         self._progress(rank, planned.id, Phase.PREPARED)
         self._start_ready()
@@ -381,7 +374,8 @@ class Fleet:
         """A source has gone: whoever still pulls takes everything from those that are left."""
         waiting = sorted(preparation.timers)
         pulls = {rank: self._pull_missing(preparation.planned, rank) for rank in waiting}
-        flows = {self._ranks[rank].place: self._flows(transfers) for rank, transfers in pulls.items()}
+        places = self._places()
+        flows = {places[rank]: weight_flows(self.scenario.model, pulls[rank], places) for rank in waiting}
         done_s = self._network.move(flows, self.clock.now_s)
         preparation.sources = {self._ranks[t.sources[0]].place.instance for p in pulls.values() for t in p if t.sources}
         for rank in waiting:
@@ -389,8 +383,8 @@ class Fleet:
             self._await(preparation, rank, done_s[self._ranks[rank].place])
 
     def _pull_missing(self, planned: PlannedPipeline, rank: str) -> list[Transfer]:
-        held = self._ranks[rank]
-        return [t for t in self._pull_all(planned, rank) if not _holds(held, t.units.first_layer, t.units.first_group)]
+        held = self._ranks[rank].units
+        return [t for t in self._pull_all(planned, rank) if not holds(held, t.units.first_layer, t.units.first_group)]
 
     def _drop(self, preparation: _Preparation) -> None:
         del self._preparing[preparation.planned.id]
@@ -450,19 +444,19 @@ class Fleet:
         shape = (len(planned.stages), planned.tensor)
         limits = Limits(planned.max_batch, planned.num_kv_blocks, self.scenario.model.kv_block_tokens, shape[0])
         times = ShapeTimes(self._costs, *shape)
-        deadline_s = min((self._instances[name].deadline_s for name in _instances(planned)), default=math.inf)
+        deadline_s = min((self._instances[name].deadline_s for name in instances_of(planned)), default=math.inf)
         pipeline = Pipeline(self.clock, planned.id, times, limits, self.service.on_done, self.service.dispatch)
         self.service.add(pipeline, deadline_s if deadline_s < math.inf else None)
         for name in planned.ranks():
             rank = self._ranks[name]
-            rank.runs, rank.units = planned.id, _units(self.scenario, planned, name)
+            rank.runs, rank.units = planned.id, position_units(self.scenario.model, planned, name)
             self._progress(name, planned.id, Phase.STARTED)
         self.service.dispatch()
         self._sample()
 
     def _sample(self) -> None:
         running = [self._planned[name] for name in self.service.pipelines]
-        assert all(self.are_alive(_instances(p)) for p in running), "a pipeline runs on an instance that is gone"
+        assert all(self.are_alive(instances_of(p)) for p in running), "a pipeline runs on an instance that is gone"
         shapes = [(len(p.stages), p.tensor) for p in running]
         self.ledger.sample(shapes)
 
@@ -474,10 +468,10 @@ class Fleet:
     def pull_kv(self, source: PlannedPipeline, target: str, sequence: Sequence, num_tokens: int) -> float | None:
         """When the KV of `num_tokens` has come, from the ranks of `source` to those of `target`; None: not worth it."""
         now_s = self.clock.now_s
-        flows = _kv_flows(self.scenario, source, self._planned[target], num_tokens, self._ranks)
+        flows = kv_flows(self.scenario.model, source, self._planned[target], num_tokens, self._places())
         shape = len(self._planned[target].stages), self._planned[target].tensor
         recompute_s = ShapeTimes(self._costs, *shape).prefill_s(num_tokens)
-        deadline_s = min(self._instances[name].deadline_s for name in _instances(source))
+        deadline_s = min(self._instances[name].deadline_s for name in instances_of(source))
         by_s = min(now_s + recompute_s, deadline_s)
         done_s = max(self._network.move(flows, now_s, by_s=by_s).values(), default=now_s)
         if done_s > by_s:
@@ -492,53 +486,3 @@ def _targets(scenario: Scenario, options: SpotServeOptions) -> Targets:
         return Targets(max_batch=scenario.max_batch)
     pipeline, tensor = best_shape_of_smallest_fleet(scenario)
     return Targets(max_batch=scenario.max_batch, pipeline=pipeline, tensor=tensor)
-
-
-def _instances(planned: PlannedPipeline) -> set[str]:
-    return {shard.instance for stage in planned.stages for shard in stage.shards}
-
-
-def _units(scenario: Scenario, planned: PlannedPipeline, rank: str) -> list[UnitRange]:
-    """What the position of `rank` needs, as rectangles."""
-    for stage in planned.stages:
-        for shard in stage.shards:
-            if shard.rank == rank:
-                layers = scenario.model.layers_of_stage(stage.first_layer, stage.last_layer)
-                groups = {"first_group": shard.first_group, "last_group": shard.last_group}
-                return [UnitRange(first_layer=first, last_layer=last, **groups) for first, last in _runs(layers)]
-    return []
-
-
-def _runs(layers: Items[int]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for layer in layers:
-        if runs and runs[-1][1] == layer - 1:
-            runs[-1] = (runs[-1][0], layer)
-        else:
-            runs.append((layer, layer))
-    return runs
-
-
-def _holds(rank: _Rank, layer: int, group: int) -> bool:
-    return any(u.first_layer <= layer <= u.last_layer and u.first_group <= group <= u.last_group for u in rank.units)
-
-
-def _kv_flows(
-    scenario: Scenario, source: PlannedPipeline, target: PlannedPipeline, num_tokens: int, ranks: dict[str, _Rank]
-) -> dict[Place, list[Flow]]:
-    """What each rank of `target` lacks of the KV of `num_tokens`; what it holds itself does not move."""
-    flows: dict[Place, list[Flow]] = defaultdict(list)
-    unit_bytes = scenario.model.kv_unit_bytes_per_token * num_tokens
-    for new_stage in target.stages:
-        for old_stage in source.stages:
-            first = max(new_stage.first_layer, old_stage.first_layer)
-            num_layers = min(new_stage.last_layer, old_stage.last_layer) - first + 1
-            if num_layers <= 0:
-                continue
-            for new in new_stage.shards:
-                for old in old_stage.shards:
-                    num_groups = min(new.last_group, old.last_group) - max(new.first_group, old.first_group) + 1
-                    if num_groups > 0 and new.rank != old.rank:
-                        flow = Flow(ranks[old.rank].place, num_layers * num_groups * unit_bytes)
-                        flows[ranks[new.rank].place].append(flow)
-    return flows
