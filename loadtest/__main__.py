@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 import typer
 
-from loadtest import memory_bench, pause_bench, startup_bench
+from loadtest import decision_bench, memory_bench, pause_bench, startup_bench
 from loadtest.errors import BenchError
 from loadtest.pause_bench import PauseOptions
 from loadtest.report import Machine, Report, write_json
@@ -57,6 +57,7 @@ def everything(
             lambda: pause_bench.run(PauseOptions(num_events=stage_events, num_stages=STAGES)),
             lambda: startup_bench.run([], runs),
             lambda: memory_bench.run([], pause_bench.NUM_INSTANCES),
+            lambda: decision_bench.run(list(decision_bench.TARGETS_S), 3),
         ],
         json_file,
     )
@@ -130,6 +131,18 @@ def memory(
 ) -> None:
     """What a rank uses beside its share of weights and KV."""
     _run([lambda: memory_bench.run(_up_options(model, dtype), instances)], json_file)
+
+
+@app.command(epilog=_example("python -m loadtest decisions", "python -m loadtest decisions --ranks 48 --ranks 96"))
+def decisions(
+    ranks: Annotated[
+        list[int] | None, typer.Option(help="Size of a fleet; repeat it.", min=16, show_default="48, 256, 1024, 4096")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Decisions of each kind; the median counts.", min=1)] = 3,
+    json_file: JsonOption = None,
+) -> None:
+    """How long the planner takes to decide about fleets of up to thousands of ranks."""
+    _run([lambda: decision_bench.run(sorted(set(ranks or decision_bench.TARGETS_S)), rounds)], json_file)
 
 
 def _decode(model: str | None, dtype: str, threads: int, streams: list[int], rounds: int) -> Report:
