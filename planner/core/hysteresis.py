@@ -27,6 +27,9 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
     """Of the arrivals: those to pipelines that it stops."""
 
 
+FREE: Final = Move(pause_s=0.0, prepare_s=0.0, bytes_moved=0, num_sequences=0.0, stopped_share=0.0)
+
+
 def is_worth(
     new: Score, stay: Score, move: Move, arrivals_per_s: float, calm_s: float, *, throughput_only: bool = False
 ) -> tuple[bool, str]:
@@ -53,10 +56,12 @@ def is_worth(
         gain = latency_gain_s * arrivals_per_s * useful_s + deficit_per_s * useful_s**2 / 2
         loss = move.num_sequences * move.pause_s + arrivals_per_s * move.stopped_share * move.pause_s**2 / 2
         unit = "request-seconds"
-    is_free = loss == 0 and gain == 0 and calm_s > 0
+    is_idle = arrivals_per_s == 0 and loss == 0 and not throughput_only
     figures = f"gains {gain:.1f} and costs {loss:.1f} {unit} in the {calm_s:.0f} s to the next event"
-    if gain > loss or is_free:
+    if gain > loss or is_idle:
         return True, f"a change {figures}"
+    if gain <= 0:
+        return False, "better, but not for the present load: not worth a change"
     return False, f"a change {figures}: it does not repay its pause of {move.pause_s:.1f} s"
 
 

@@ -68,6 +68,10 @@ class Layout(msgspec.Struct, frozen=True):
     def plus(self, other: Layout) -> Layout:
         return Layout.of(Counter(dict(self.counts)) + Counter(dict(other.counts)))
 
+    def holds(self, other: Layout) -> bool:
+        """It has all pipelines of `other`."""
+        return not other.missing_from(self).counts
+
     def missing_from(self, other: Layout) -> Layout:
         """The pipelines of this layout that `other` lacks."""
         return Layout.of(Counter(dict(self.counts)) - Counter(dict(other.counts)))

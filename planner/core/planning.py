@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -10,7 +11,7 @@ import msgspec
 from planner.core.config_optimizer import Objective, Supply, alternatives, choose_layout
 from planner.core.drafting import Draft, Fit, draft, finish_draft
 from planner.core.fleet import Rank
-from planner.core.hysteresis import is_worth
+from planner.core.hysteresis import FREE, Move, is_worth
 from planner.core.layout import Layout, Score
 from planner.core.retirement import is_news, retirement_kv_s, retiring_pipelines
 from planner.core.situation import Situation, layout_of, shape_of, without_conflicts
@@ -18,9 +19,11 @@ from planner.protocol import Alternative, Explanation, ParallelConfig, Pipeline,
 
 __all__ = ["Situation", "make_plan", "retirement_kv_s"]
 
-NUM_DRAFTED: Final = 3
+NUM_DRAFTED: Final = 2
 """Rejected alternatives whose migration is worked out as well, on a fleet of up to MAX_DRAFTED_RANKS."""
-MAX_DRAFTED_RANKS: Final = 64
+MAX_DRAFTED_RANKS: Final = 32
+MAX_NAMED: Final = 8
+"""Pipelines that a note names; more are counted."""
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,25 +119,26 @@ def _settle(situation: Situation, fit: Fit, now_s: float) -> Decision:
     """The best layout, or the best that stops nothing if a change to the former is not worth its pause."""
     choice = fit.choice
     assert choice.best is not None, "the caller has looked"
-    best = draft(situation, fit, choice.best.layout)
-    drafts = {choice.best.layout: best}
-    why, notes = choice.why, []
-    score, chosen = choice.best, best
-    kept_ids = {p.id for p in best.kept}
-    if choice.stay is not None and not kept_ids.issuperset(p.id for p in fit.present):
-        is_worth_it, verdict = is_worth(
-            choice.best,
-            choice.stay,
-            best.move,
-            situation.workload.arrivals_per_s,
-            _calm_s(situation, best, now_s),
-            throughput_only=situation.targets.objective is Objective.THROUGHPUT,
-        )
-        notes.append(f"{choice.best.layout} instead of {choice.stay.layout}: {verdict}")
-        if not is_worth_it:
-            score, why = choice.stay, f"no pipeline stops for it; {verdict}"
-            chosen = drafts[score.layout] = draft(situation, fit, score.layout)
-    return Decision(fit=fit, draft=chosen, score=score, why=why, drafts=drafts, notes=notes)
+    stay, best = choice.stay, choice.best
+    if stay is None or best.layout.holds(layout_of(fit.present)):
+        chosen = draft(situation, fit, best.layout)
+        return Decision(fit=fit, draft=chosen, score=best, why=choice.why, drafts={best.layout: chosen})
+    drafts: dict[Layout, Draft] = {}
+    is_worth_it, verdict = _weigh_change(situation, best, stay, FREE, situation.expected_calm_s)
+    if is_worth_it:  # if it were free
+        drafts[best.layout] = draft(situation, fit, best.layout)
+        calm_s = _calm_s(situation, drafts[best.layout], now_s)
+        is_worth_it, verdict = _weigh_change(situation, best, stay, drafts[best.layout].move, calm_s)
+    score, why = (best, choice.why) if is_worth_it else (stay, f"no pipeline stops for it; {verdict}")
+    if score.layout not in drafts:
+        drafts[score.layout] = draft(situation, fit, score.layout)
+    note = f"{best.layout} instead of {stay.layout}: {verdict}"
+    return Decision(fit=fit, draft=drafts[score.layout], score=score, why=why, drafts=drafts, notes=[note])
+
+
+def _weigh_change(situation: Situation, new: Score, stay: Score, move: Move, calm_s: float) -> tuple[bool, str]:
+    throughput_only = situation.targets.objective is Objective.THROUGHPUT
+    return is_worth(new, stay, move, situation.workload.arrivals_per_s, calm_s, throughput_only=throughput_only)
 
 
 def _calm_s(situation: Situation, drafted: Draft, now_s: float) -> float:
@@ -174,7 +178,7 @@ def _notes(situation: Situation, decision: Decision) -> list[str]:
     notes = [*decision.fit.notes, *decision.notes]
     chosen = decision.draft
     if chosen.kept:
-        notes.append(f"unchanged: {', '.join(p.id for p in chosen.kept)}")
+        notes.append(f"unchanged: {_names(p.id for p in chosen.kept)}")
     if chosen.spares:
         because = "; used, they would not serve better" if chosen.pipelines and decision.score is not None else ""
         notes.append(f"{len(chosen.spares)} ranks without a position, as spares and sources of context{because}")
@@ -187,11 +191,20 @@ def _notes(situation: Situation, decision: Decision) -> list[str]:
         notes.append(f"excluded after failing to prepare: {', '.join(sorted(situation.excluded_ranks))}")
     heirless = {r.pipeline.id for r in chosen.retiring if not r.broken} - {i for p in chosen.new for i in p.inherits}
     if heirless:
-        notes.append(f"sequences of {', '.join(sorted(heirless))} go back to the queue with their log: no new pipeline")
+        notes.append(f"sequences of {_names(sorted(heirless))} go back to the queue with their log: no new pipeline has room")
     noticed = situation.deadlines(chosen.pipelines)
     if noticed and decision.score is not None and situation.reviews_notices:
-        notes.append(f"serve until shortly before their end: {', '.join(sorted(noticed))}")
+        notes.append(f"serve until shortly before their end: {_names(sorted(noticed))}")
     return notes
+
+
+def _names(names: Iterable[str]) -> str:
+    names = list(names)
+    return (
+        ", ".join(names)
+        if len(names) <= MAX_NAMED
+        else f"{', '.join(names[:MAX_NAMED])} and {len(names) - MAX_NAMED} more"
+    )
 
 
 def _alternatives(situation: Situation, decision: Decision) -> list[Alternative]:
