@@ -215,6 +215,11 @@ class PipelineState(Message, frozen=True, kw_only=True):
     """Sequences it would take now."""
     total_kv_blocks: int
     free_kv_blocks: int
+    """Free ones may still hold what the next request that begins alike can use."""
+    cached_kv_blocks: int = 0
+    """Free or not, whose KV such a request can use. Which these are the gateway guesses from what it sent where."""
+    kv_block_tokens: int = 0
+    """Whole blocks are shared: of so many tokens. 0: prefixes are not kept."""
     deadline_s: float | None = None
     """When the first of its instances goes away, if one is under notice."""
     parked: int = 0

@@ -56,6 +56,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How long the KV of interrupted sequences is kept for others to pull."""
     kv_transfer: KvTransfer = "auto"
     """Whether an interrupted sequence's KV is pulled. auto: if the cost model says that is sooner than recompute."""
+    prefix_caching: bool = True
+    """Requests that begin alike share KV, also with those that have ended, as long as nobody needs its room."""
     log_level: str = "INFO"
 
     @classmethod

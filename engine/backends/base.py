@@ -27,6 +27,7 @@ class Snapshot:
     free_slots: int = 0
     total_kv_blocks: int = 0
     free_kv_blocks: int = 0
+    cached_kv_blocks: int = 0
     kv_tokens: int = 0
     measured_step: MeasuredStep | None = None
 

@@ -14,6 +14,7 @@ import msgspec
 
 from engine.core.block_manager import BlockManager
 from engine.core.frames import shortened
+from engine.core.prefix_index import ROOT, Prefix
 from engine.core.scheduler_types import (
     CostEstimate,
     Counts,
@@ -214,6 +215,7 @@ class Scheduler:
             token_id = next(ids) if slice_.samples else None
             if self._came_back(sequence):
                 sequence.num_computed += len(slice_.token_ids)
+                self._index_blocks(sequence)
                 if slice_.num_logits and sequence.scores_prompt:
                     sequence.prompt_logprobs += extras.prompt_logprobs.get(sequence.key, [])
                 if sequence.key in extras.errors:
@@ -222,14 +224,6 @@ class Scheduler:
                 elif token_id is not None:
                     out.append(self._append(sequence, token_id, extras.logprobs.get(sequence.key)))
         return out
-
-    def abort_steps(self) -> None:
-        """No step in flight will return (the pipeline is broken): each sequence is as before its step."""
-        self._tell("abort_steps", *self._steps)
-        steps, self._steps = self._steps, {}
-        for in_flight in steps.values():
-            for _, sequence in in_flight:
-                self._came_back(sequence)
 
     def pull_done(self, key: SequenceKey, ok: bool, pull_s: float, now_s: float) -> None:
         """The pull ordered for `key` has ended, in `pull_s`; if not `ok`, all its KV is computed again.
@@ -249,6 +243,7 @@ class Scheduler:
         sequence.pull_s += pull_s
         if ok:
             sequence.pulled_tokens = sequence.num_computed = sequence.kv_source.num_tokens
+            self._index_blocks(sequence)
         sequence.kv_source = None
         self._ready[key] = sequence
 
@@ -259,7 +254,7 @@ class Scheduler:
         `deadline_s`; none means that it is lost.
 
         Sequences with KV keep it, parked until `release`; the others name the KV that they came with, if they
-        have not pulled it yet. Raises ProtocolError while a step is in flight: commit or abort it first.
+        have not pulled it yet. Raises ProtocolError while a step is in flight: commit it first.
         """
         if self._steps:
             raise ProtocolError(f"pipeline {self.pipeline}: steps {list(self._steps)} are in flight")
@@ -272,13 +267,6 @@ class Scheduler:
         sequence = self._sequences.get(SequenceKey(request_id, choice))
         if sequence is not None and sequence.state is State.PARKED:
             self._end(sequence)
-
-    def blocks_of(self, key: SequenceKey) -> tuple[list[int], int] | None:
-        """(blocks, num_tokens) of the complete KV of a live or parked sequence; None if it has none."""
-        sequence = self._sequences.get(key)
-        if sequence is None or not sequence.num_computed:
-            return None
-        return sequence.blocks[: self._blocks.blocks_for(sequence.num_computed)], sequence.num_computed
 
     # --- Observation ------------------------------------------------------------------------------------------
 
@@ -293,6 +281,7 @@ class Scheduler:
             free_slots=0 if self._draining else num_free,
             free_kv_blocks=self._blocks.num_free,
             total_kv_blocks=self._blocks.num_blocks,
+            cached_kv_blocks=self._blocks.num_cached,
             steps_in_flight=len(self._steps),
         )
 
@@ -342,6 +331,8 @@ class Scheduler:
             assert not s.num_computed, what + "KV that it cannot have"
         if s.state is State.PARKED:
             assert s.num_computed, what + "parked without KV"
+        # A block that others may share is never written again.
+        assert s.num_indexed <= s.num_computed // self.limits.block_tokens, what + "shares what it still writes"
 
     # --- Admission --------------------------------------------------------------------------------------------
 
@@ -379,24 +370,45 @@ class Scheduler:
                 continue
             if num_slots_taken >= self.limits.max_batch:
                 break
-            num_needed = self._blocks.blocks_for(len(sequence.tokens))
-            # One block to spare for each one that grows, or it would soon evict what is admitted here.
-            fits = self._blocks.num_free >= num_needed + num_slots_taken
-            blocks = self._blocks.allocate(num_needed) if fits else None
+            prefix = self._reusable(sequence)
+            source = self._worth_pulling(sequence, len(prefix.blocks) * self.limits.block_tokens)
+            # What is pulled is written, and must not be shared.
+            blocks = self._allocate(sequence, [] if source is not None else prefix.blocks, num_slots_taken)
             if blocks is None:
                 break
             sequence.blocks = blocks
+            if source is None:
+                sequence.prefix_node, sequence.num_indexed = prefix.node, len(prefix.blocks)
+                sequence.num_computed = sequence.reused_tokens = len(prefix.blocks) * self.limits.block_tokens
             num_slots_taken += 1
             self._waiting.remove(sequence)
-            order = self._start(sequence)
+            order = self._start(sequence, source)
             if order is not None:
                 orders.append(order)
         return orders
 
-    def _start(self, sequence: Sequence) -> PullOrder | None:
-        source = self._worth_pulling(sequence)
+    def _reusable(self, sequence: Sequence) -> Prefix:
+        """Blocks that hold its first tokens already; never of the last one, which must be fed, for its logits."""
+        if not self.limits.prefix_caching or sequence.scores_prompt:
+            return Prefix(ROOT, [])
+        return self._blocks.find_prefix(sequence.tokens[:-1])
+
+    def _allocate(self, sequence: Sequence, prefix: list[int], num_slots_taken: int) -> list[int] | None:
+        """All blocks for its tokens, `prefix` first; None if it must wait."""
+        num_new = self._blocks.blocks_for(len(sequence.tokens)) - len(prefix)
+        # One block to spare for each one that grows, or it would soon evict what is admitted here.
+        if self._blocks.num_free < num_new + self._blocks.num_kept(prefix) + num_slots_taken:
+            return None
+        self._blocks.share(prefix)
+        new = self._blocks.allocate(num_new)
+        assert new is not None, "they were counted"
+        return prefix + new
+
+    def _start(self, sequence: Sequence, source: KvSource | None) -> PullOrder | None:
         sequence.kv_source = source
-        self._tell("admit", sequence.key, "recompute" if source is None else source.num_tokens)
+        self._tell("admit", sequence.key, sequence.num_computed, "recompute" if source is None else source.num_tokens)
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = min(sequence.reused_tokens, len(sequence.request.prompt_ids))
         if sequence.scores_prompt:
             sequence.prompt_logprobs = [None]
         if source is None:
@@ -406,11 +418,13 @@ class Scheduler:
         sequence.apply(Event.ORDER_PULL)
         return PullOrder(sequence.key, source, sequence.blocks[: self._blocks.blocks_for(source.num_tokens)])
 
-    def _worth_pulling(self, sequence: Sequence) -> KvSource | None:
+    def _worth_pulling(self, sequence: Sequence, num_reusable: int) -> KvSource | None:
         """The part of its KV source that is worth pulling: at least the last token must be fed, for its logits."""
         source, num_needed = sequence.kv_source, len(sequence.tokens) - 1
         if sequence.scores_prompt:
             return None  # Its KV does not give the logits of the prompt.
+        if source is not None and min(source.num_tokens, num_needed) <= num_reusable:
+            return None
         if source is None or not self.cost.pull_is_sooner(source.num_tokens, num_needed):
             return None
         num_tokens = min(source.num_tokens, num_needed)
@@ -456,7 +470,8 @@ class Scheduler:
         self._tell("evict", sequence.key)
         del self._ready[sequence.key]
         self._free_blocks(sequence)
-        sequence.num_computed = sequence.pulled_tokens = 0
+        sequence.num_computed = sequence.pulled_tokens = sequence.reused_tokens = 0
+        sequence.prefix_node, sequence.num_indexed = ROOT, 0
         self._queue(sequence)
 
     def _slice(self, sequence: Sequence, num_rows: int) -> StepSlice:
@@ -472,6 +487,16 @@ class Scheduler:
             tokens=sequence.tokens,
             num_prompt_tokens=len(sequence.request.prompt_ids),
         )
+
+    def _index_blocks(self, sequence: Sequence) -> None:
+        """Let others find the blocks that have become full."""
+        if not self.limits.prefix_caching:
+            return
+        size = self.limits.block_tokens
+        for i in range(sequence.num_indexed, sequence.num_computed // size):
+            tokens = sequence.tokens[i * size : (i + 1) * size]
+            sequence.prefix_node = self._blocks.add_prefix(sequence.prefix_node, tokens, sequence.blocks[i])
+            sequence.num_indexed = i + 1
 
     def _came_back(self, sequence: Sequence) -> bool:
         """Take it out of its step; whether it is still wanted."""

@@ -22,6 +22,8 @@ class SchedulerLimits:
     """Steps in flight at once: the number of stages."""
     vocab_size: int = 0
     """Token ids outside are refused; 0: not checked."""
+    prefix_caching: bool = True
+    """Sequences that begin alike share the KV of their full blocks, also with those that have ended."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -136,4 +138,6 @@ class Counts:
     """Sequences that it would take now without making them wait for a slot."""
     free_kv_blocks: int
     total_kv_blocks: int
+    cached_kv_blocks: int
+    """Free or not, whose content can be found by the next sequence that begins alike."""
     steps_in_flight: int

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from engine.core.frames import MAX_VALUES
+from engine.core.prefix_index import ROOT
 from engine.errors import TransitionError
 from engine.protocol import (
     FinishReason,
@@ -90,6 +91,13 @@ class Sequence:
     """Of the tokens generated here, if asked for."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """Of the prompt so far, if asked for."""
+    prefix_node: int = ROOT
+    """What is known of its first `num_indexed` blocks, see PrefixIndex."""
+    num_indexed: int = 0
+    reused_tokens: int = 0
+    """Whose KV it found in the pool when it was last admitted."""
+    cached_tokens: int | None = None
+    """Of the prompt, when it was first admitted."""
     pulled_tokens: int = 0
     pull_s: float = 0.0
     resumes: bool = field(init=False)
@@ -163,6 +171,7 @@ class Sequence:
             resume=resume,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            cached_tokens=(self.cached_tokens or 0) if from_index == len(self.request.committed_ids) else 0,
         )
 
     @property
@@ -171,13 +180,16 @@ class Sequence:
         return len(self.request.committed_ids) if self.request.sampling.logprobs is not None else 0
 
     def resume_stats(self, now_s: float) -> ResumeStats:
-        """Of what had been computed before the interruption, what was pulled and what was computed again."""
+        """Of what had been computed before the interruption, what was pulled and what was computed again.
+
+        What was found here is neither.
+        """
         source = self.request.kv_source
         num_known = len(self.request.prompt_ids) + len(self.request.committed_ids) - 1
         num_before = num_known if source is None else min(source.num_tokens, num_known)
         return ResumeStats(
             pulled_tokens=self.pulled_tokens,
-            recomputed_tokens=max(0, num_before - self.pulled_tokens),
+            recomputed_tokens=max(0, num_before - max(self.pulled_tokens, self.reused_tokens)),
             pull_s=self.pull_s,
             waited_s=now_s - self.submitted_s,
         )

@@ -477,6 +477,8 @@ class RankService:
             free_slots=snapshot.free_slots if led.is_ready else 0,
             total_kv_blocks=snapshot.total_kv_blocks,
             free_kv_blocks=snapshot.free_kv_blocks,
+            cached_kv_blocks=snapshot.cached_kv_blocks,
+            kv_block_tokens=self._settings.kv_block_tokens if self._settings.prefix_caching else 0,
             deadline_s=self._deadline_s(led.position.pipeline.id),
             parked=self._backend.parked().get(led.position.pipeline.id, 0),
         )

@@ -85,6 +85,10 @@ def folded(recorders: list[Recorder], choice: int = 0) -> Log:
     return log
 
 
+async def finished(recorder: Recorder, *names: str) -> None:
+    await until(lambda: all((last := recorder.last(name)) and last.finish for name in names))
+
+
 async def undisturbed(make_backend: MakeBackend, choices: int = 1, **sampling: Any) -> list[Log]:
     async with Fleet(make_backend) as fleet:
         recorder = await fleet.serve("p0", [["oracle"]])
@@ -167,7 +171,7 @@ async def test_grammars_are_followed_side_by_side_in_all_micro_batches(
             sampling: dict[str, Any] = {"grammar": grammar, "eos_token_ids": [EOS], "temperature": 1.0}
             assert (await fleet.leaders["p1"].submit(request(name, PROMPT, max_tokens=50, **sampling))).accepted
         assert (await fleet.leaders["p1"].submit(request("free", PROMPT, max_tokens=20))).accepted
-        await until(lambda: all((last := recorder.last(name)) and last.finish for name in [*grammars, "free"]))
+        await finished(recorder, *grammars, "free")
         for i, name in enumerate(grammars):
             ids = recorder.tokens(name)
             assert ids[-1] == EOS
@@ -185,7 +189,7 @@ async def test_a_grammar_that_does_not_compile_refuses_its_request_alone(make_ba
         assert reply.detail.startswith("sampling.grammar: ")
         assert "nonsense" in reply.detail
         assert (await fleet.leaders["p1"].submit(request("good", PROMPT))).accepted
-        await until(lambda: (last := recorder.last("good")) is not None and last.finish is not None)
+        await finished(recorder, "good")
 
 
 async def test_output_that_leaves_its_grammar_ends_that_request_alone(make_backend: MakeBackend) -> None:
@@ -195,7 +199,7 @@ async def test_output_that_leaves_its_grammar_ends_that_request_alone(make_backe
         resumed = request("bad", PROMPT, grammar=grammar, eos_token_ids=[EOS], committed_ids=[70])
         assert (await fleet.leaders["p1"].submit(resumed)).accepted
         assert (await fleet.leaders["p1"].submit(request("good", PROMPT))).accepted
-        await until(lambda: all((last := recorder.last(name)) and last.finish for name in ("bad", "good")))
+        await finished(recorder, "bad", "good")
         entry = recorder.last("bad")
         assert entry is not None
         assert (entry.finish, entry.ids) == (FinishReason.ERROR, [])
@@ -212,7 +216,7 @@ async def test_scoring_a_prompt_gives_the_logprobs_that_generation_gives(make_ba
         exact = request("exact", PROMPT + generated.ids, prompt_logprobs=3, max_tokens=0)
         assert (await fleet.leaders["p1"].submit(scored)).accepted
         assert (await fleet.leaders["p1"].submit(exact)).accepted
-        await until(lambda: all((last := recorder.last(name)) and last.finish for name in ("long", "exact")))
+        await finished(recorder, "long", "exact")
         entry = recorder.last("exact")
         assert entry is not None
         assert (entry.ids, entry.finish) == ([], FinishReason.LENGTH)
@@ -235,3 +239,27 @@ async def test_cancel_of_an_old_attempt_leaves_the_newer_one_alone(make_backend:
         await until(lambda: len(recorder.tokens("r")) >= 3)
         leader.cancel("r", 2)
         await until(lambda: (last := recorder.last("r")) is not None and last.finish is FinishReason.CANCELLED)
+
+
+@pytest.mark.parametrize("shape", [ONE, TWO, TENSOR3], ids=["one", "two stages", "three shards"])
+async def test_kv_that_is_reused_gives_the_same_tokens_and_logprobs(
+    make_backend: MakeBackend, shape: list[list[str]]
+) -> None:
+    sampling: dict[str, Any] = {"logprobs": 2, "temperature": 1.0, "seed": 6, "max_tokens": 20}
+    [expected] = await undisturbed(make_backend, **sampling)
+    async with Fleet(make_backend) as fleet:
+        recorder = await fleet.serve("p1", shape)
+        leader = fleet.leaders["p1"]
+        cached = {}
+        for name, prompt, committed in (("cold", PROMPT, 0), ("warm", PROMPT, 0), ("resumed", PROMPT, 9)):
+            ids = expected.ids[:committed]
+            assert (await leader.submit(request(name, prompt, committed_ids=ids, **sampling))).accepted
+            await finished(recorder, name)
+            entries = [entry for entry in recorder.entries if entry.request_id == name]
+            assert [i for e in entries for i in e.ids] == expected.ids[committed:]
+            assert [p for e in entries for p in e.logprobs or []] == expected.logprobs[committed:]
+            cached[name] = [entry.cached_tokens for entry in entries if entry.cached_tokens]
+        # Blocks of 16 tokens: one of the prompt's 27, two of the 36 that the resume feeds.
+        assert cached == {"cold": [], "warm": [16], "resumed": [27]}
+        assert leader.snapshot().cached_kv_blocks == 2
+        assert leader.snapshot().free_kv_blocks == leader.snapshot().total_kv_blocks

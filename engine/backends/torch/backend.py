@@ -230,6 +230,7 @@ class TorchBackend:
             num_micro_batches=len(pipeline.stages),
             max_model_len=self._model.max_model_len,
             vocab_size=self._config.vocab_size,
+            prefix_caching=self._settings.prefix_caching,
         )
 
     def _cost(self) -> CostEstimate:

@@ -481,6 +481,7 @@ class Leader(PipelineThread):
             free_slots=0 if self.is_draining() else counts.free_slots,
             total_kv_blocks=counts.total_kv_blocks,
             free_kv_blocks=counts.free_kv_blocks,
+            cached_kv_blocks=counts.cached_kv_blocks,
             kv_tokens=(counts.total_kv_blocks - counts.free_kv_blocks) * block_tokens,
             measured_step=self._meter.measured,
         )

@@ -23,6 +23,7 @@ from engine.protocol import (
     RejectReason,
     ResumeStats,
     SamplingParams,
+    TokenEntry,
     TokenLogprobs,
 )
 
@@ -180,7 +181,7 @@ def test_an_evicted_sequence_scores_its_prompt_anew():
     scheduler = make_scheduler(num_blocks=6, block_tokens=4, max_step_tokens=2)
     submit(scheduler, "old", num_prompt=2, sampling={"max_tokens": 18})
     run_step(scheduler)
-    submit(scheduler, "young", num_prompt=10, sampling={"prompt_logprobs": 0, "max_tokens": 2})
+    submit(scheduler, "young", num_prompt=13, sampling={"prompt_logprobs": 0, "max_tokens": 2})
     told, num_starts = [], 0
     while scheduler.counts().running + scheduler.counts().waiting:
         step, entries = run_scored(scheduler)
@@ -188,7 +189,7 @@ def test_an_evicted_sequence_scores_its_prompt_anew():
         num_starts += sum(s.key.request_id == "young" and not s.context_tokens for s in step.slices)
     assert num_starts == 2
     [entry] = told
-    assert entry.prompt_logprobs == [None, *logprobs_of(*range(11, 20))]
+    assert entry.prompt_logprobs == [None, *logprobs_of(*range(11, 23))]
 
 
 def test_no_tokens_are_made_when_only_the_prompt_is_to_be_scored():
@@ -457,18 +458,103 @@ def test_resumed_sequences_go_before_new_ones():
     assert rows(scheduler.schedule(0.0)) == {"resumed": 4}
 
 
-def test_aborted_steps_run_again():
-    scheduler = make_scheduler(num_micro_batches=2)
-    submit(scheduler, "a")
-    submit(scheduler, "b")
+# --- Prefix caching ----------------------------------------------------------------------------------------------
+
+
+def finish(scheduler):
+    """Run all there is; the entries by request."""
+    log: dict[str, list[TokenEntry]] = {}
+    while scheduler.counts().running + scheduler.counts().waiting:
+        for entry in run_step(scheduler):
+            log.setdefault(entry.request_id, []).append(entry)
+    return log
+
+
+def test_a_sequence_reuses_the_full_blocks_of_what_began_alike():
+    scheduler = make_scheduler(block_tokens=4)
+    submit(scheduler, "first", num_prompt=10, sampling={"max_tokens": 4})
+    [entry, *_] = finish(scheduler)["first"]
+    assert entry.cached_tokens == 0
+    # 13 tokens were fed: 10 of the prompt and 3 of the output.
+    assert scheduler.counts().cached_kv_blocks == 3
+    assert scheduler.counts().free_kv_blocks == 64
+    submit(scheduler, "alike", prompt_ids=[*range(10, 20), 5, 5, 99, 98], sampling={"max_tokens": 2})
+    submit(scheduler, "shorter", num_prompt=8, sampling={"max_tokens": 2})
+    submit(scheduler, "different", prompt_ids=[9, *range(11, 20)], sampling={"max_tokens": 2})
     scheduler.tick(0.0)
-    before = [scheduler.schedule(0.0), scheduler.schedule(0.0)]
-    scheduler.cancel("b", 0.0)
-    scheduler.abort_steps()
+    step = scheduler.schedule(0.0)
+    contexts = {s.key.request_id: s.context_tokens for s in step.slices}
+    # The last token is always fed, so that the block that it ends is computed again.
+    assert contexts == {"alike": 12, "shorter": 4, "different": 0}
+    tables = {s.key.request_id: s.blocks for s in step.slices}
+    assert tables["alike"][0] == tables["shorter"][0]
+    assert tables["alike"][1] != tables["shorter"][1]
     scheduler.check_invariants()
-    assert scheduler.counts().steps_in_flight == 0
-    assert scheduler.counts().free_kv_blocks == 63
-    assert scheduler.schedule(0.0).slices == before[0].slices
+    out = scheduler.commit(step.step_id, [7] * 3, 0.0)
+    assert {o.entry.request_id: o.entry.cached_tokens for o in out} == {"alike": 12, "shorter": 4, "different": 0}
+    assert scheduler.resend("alike", 0, 0).cached_tokens == 12
+    assert scheduler.resend("alike", 0, 1).cached_tokens == 0
+    assert {e.cached_tokens for entries in finish(scheduler).values() for e in entries} == {0}
+
+
+def test_prefixes_are_shared_with_a_sequence_that_still_runs():
+    scheduler = make_scheduler(block_tokens=4)
+    submit(scheduler, "a", num_prompt=9, sampling={"max_tokens": 30})
+    run_step(scheduler)
+    free = scheduler.counts().free_kv_blocks
+    submit(scheduler, "b", num_prompt=9)
+    run_step(scheduler)
+    assert scheduler.counts().free_kv_blocks == free - 1
+    scheduler.cancel("a", 0.0)
+    finish(scheduler)
+    assert scheduler.counts().free_kv_blocks == 64
+
+
+def test_what_was_used_longest_ago_is_forgotten_first_and_nothing_without_need():
+    scheduler = make_scheduler(num_blocks=6, block_tokens=4)
+    prompts = {name: [start] * 8 for name, start in (("a", 10), ("b", 20))}
+    for name, prompt in prompts.items():
+        submit(scheduler, name, prompt_ids=prompt, sampling={"max_tokens": 1})
+        finish(scheduler)
+    assert scheduler.counts().cached_kv_blocks == 4
+    submit(scheduler, "c", num_prompt=12, sampling={"max_tokens": 1})
+    finish(scheduler)  # Two blocks were empty, and a's last block went.
+    assert {name: len(scheduler._blocks.find_prefix(p).blocks) for name, p in prompts.items()} == {"a": 1, "b": 2}
+
+
+def test_prefixes_are_not_kept_where_that_is_switched_off():
+    scheduler = make_scheduler(prefix_caching=False)
+    for name in "ab":
+        submit(scheduler, name, num_prompt=9)
+        assert {e.cached_tokens for e in finish(scheduler)[name]} == {0}
+    assert scheduler.counts().cached_kv_blocks == 0
+
+
+def test_kv_that_is_here_is_not_pulled_and_pulled_kv_can_be_found():
+    scheduler = make_scheduler(block_tokens=4)
+    submit(scheduler, "pulled", num_prompt=9, committed=[5], source_tokens=9)
+    [order], _ = scheduler.tick(0.0)
+    scheduler.pull_done(order.key, True, 0.5, 0.0)
+    submit(scheduler, "same", num_prompt=9, committed=[5], source_tokens=8)
+    submit(scheduler, "more", num_prompt=9, committed=[5], source_tokens=9)
+    [order], _ = scheduler.tick(0.0)
+    assert order.key.request_id == "more"
+    scheduler.check_invariants()
+    tables = {name: scheduler._sequences[SequenceKey(name, 0)].blocks for name in ("pulled", "same", "more")}
+    assert tables["same"][:2] == tables["pulled"][:2]
+    assert not set(order.blocks) & set(tables["pulled"])
+    [entry] = [e for e in run_step(scheduler) if e.request_id == "same"]
+    assert (entry.resume.pulled_tokens, entry.resume.recomputed_tokens, entry.cached_tokens) == (0, 0, 8)
+
+
+def test_a_prompt_that_is_to_be_scored_is_computed_from_its_beginning():
+    scheduler = make_scheduler(block_tokens=4)
+    submit(scheduler, "a", num_prompt=9)
+    finish(scheduler)
+    submit(scheduler, "b", num_prompt=9, sampling={"prompt_logprobs": 0})
+    scheduler.tick(0.0)
+    [part] = scheduler.schedule(0.0).slices
+    assert (part.context_tokens, part.scored_ids) == (0, list(range(11, 19)))
 
 
 # --- Resume ----------------------------------------------------------------------------------------------------
@@ -516,12 +602,13 @@ def test_last_known_token_is_fed_even_if_its_kv_is_held():
 
 
 def test_kv_evicted_after_its_pull_counts_as_recomputed():
-    scheduler = make_scheduler(num_blocks=6, block_tokens=2, max_batch=2)
+    scheduler = make_scheduler(num_blocks=6, block_tokens=2, max_batch=2, prefix_caching=False)
     submit(scheduler, "old", num_prompt=2, committed=[5], sampling={"max_tokens": 9})
     submit(scheduler, "pulled", num_prompt=4, committed=[5], source_tokens=4)
     [order], _ = scheduler.tick(0.0)
-    while scheduler.counts().free_kv_blocks or scheduler.blocks_of(SequenceKey("old", 0))[1] < 6:
-        run_step(scheduler)
+    num_tokens = 3
+    while scheduler.counts().free_kv_blocks or num_tokens < 7:
+        num_tokens += len(run_step(scheduler))
     scheduler.pull_done(order.key, True, 0.25, 0.0)
     # Decodes take turns: the older is first, needs a block, and takes it from the one that was just pulled.
     run_step(scheduler)
@@ -671,8 +758,6 @@ def test_park_keeps_kv_and_says_where_it_is():
     assert sources["new"] is None
     assert all(entry.ids == [] and entry.finish is None for entry in entries.values())
     assert entries["running"].index == 2
-    blocks, num_tokens = scheduler.blocks_of(SequenceKey("running", 0))
-    assert (len(blocks), num_tokens) == (2, 7)
     counts = scheduler.counts()
     assert (counts.parked, counts.running, counts.waiting, counts.free_slots) == (1, 0, 0, 0)
     # Its client's deadline is another pipeline's business now.
@@ -684,7 +769,6 @@ def test_park_keeps_kv_and_says_where_it_is():
     scheduler.release("pulling", 0)
     scheduler.release("running", 0)
     assert scheduler.counts().free_kv_blocks == 64
-    assert scheduler.blocks_of(SequenceKey("running", 0)) is None
     scheduler.check_invariants()
 
 

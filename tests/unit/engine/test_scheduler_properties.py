@@ -1,6 +1,6 @@
 """The scheduler under random events, with a model whose KV lies in real pools.
 
-The oracle is token equality: whatever is cancelled, evicted, pulled, aborted, parked and resumed, each stream is the
+The oracle is token equality: whatever is cancelled, evicted, pulled, shared, broken, parked and resumed, each is the
 stream of an undisturbed run. The model reads the KV of every position it attends to and writes as late as it may, so
 a block that is shared by accident, freed too early or not covered by the table changes the tokens.
 """
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.core.scheduler import CostEstimate, PullOrder, Scheduler, SchedulerLimits, SequenceKey, Step
+from engine.core.sequence import State
 from engine.protocol import (
     FinishReason,
     GenerateRequest,
@@ -104,12 +105,6 @@ class Engine:
                 sampled.append(next_token(history, s.sampling, s.index))
         return sampled
 
-    def spoil(self, step: Step) -> None:
-        """The step broke halfway: its rows may hold anything."""
-        for s in step.slices:
-            for row in range(len(s.token_ids)):
-                self.pool[self.slot(s.blocks, s.context_tokens + row)] = "spoiled"
-
 
 class World(RuleBasedStateMachine):
     @initialize(data=st.data())
@@ -117,6 +112,7 @@ class World(RuleBasedStateMachine):
         self.now_s = 1000.0
         self.clients: dict[SequenceKey, Client] = {}
         self.engines: list[Engine] = []
+        self.num_engines = 0
         self.start_engine(data)
 
     @property
@@ -134,9 +130,11 @@ class World(RuleBasedStateMachine):
             max_step_tokens=data.draw(st.integers(1, 16), label="max_step_tokens"),
             num_micro_batches=data.draw(st.integers(1, 4), label="num_micro_batches"),
             vocab_size=VOCAB_SIZE,
+            prefix_caching=data.draw(st.booleans(), label="prefix_caching"),
         )
         cost = data.draw(st.sampled_from([ALWAYS_PULL, ALWAYS_PULL, NEVER_PULL]), label="cost")
-        self.engines.append(Engine(len(self.engines), limits, cost))
+        self.num_engines += 1
+        self.engines.append(Engine(self.num_engines, limits, cost))
 
     # --- The gateway ---
 
@@ -182,7 +180,9 @@ class World(RuleBasedStateMachine):
         assert entry.resume is not None
         num_known = len(client.prompt) + client.num_resumed_with - 1
         num_before = num_known if client.source is None else min(num_known, client.source.num_tokens)
-        assert entry.resume.pulled_tokens + entry.resume.recomputed_tokens == num_before
+        num_told = entry.resume.pulled_tokens + entry.resume.recomputed_tokens
+        assert num_told <= num_before
+        assert num_told == num_before or self.engine.limits.prefix_caching
         assert entry.resume.waited_s >= 0
 
     def release(self, client: Client, engines: list[Engine]) -> None:
@@ -276,15 +276,14 @@ class World(RuleBasedStateMachine):
 
     def end_pull(self, engine: Engine, order: PullOrder, ok: bool) -> None:
         engine.pulls.remove(order)
-        holder = self.engines[int(order.source.holders[0].rank)]
-        held = holder.scheduler.blocks_of(order.key)
-        ok = ok and held is not None
-        if ok and held is not None:
-            blocks, num_tokens = held
-            assert num_tokens >= order.source.num_tokens
-            assert blocks == order.source.blocks
+        holder = next((e for e in self.engines if str(e.number) == order.source.holders[0].rank), None)
+        held = holder.scheduler._sequences.get(order.key) if holder is not None else None
+        ok = ok and held is not None and held.state is State.PARKED
+        if ok and holder is not None and held is not None:
+            assert held.num_computed >= order.source.num_tokens
+            assert held.blocks[: len(order.source.blocks)] == order.source.blocks
             for p in range(order.source.num_tokens):
-                engine.pool[engine.slot(order.blocks, p)] = holder.pool[holder.slot(blocks, p)]
+                engine.pool[engine.slot(order.blocks, p)] = holder.pool[holder.slot(order.source.blocks, p)]
         engine.scheduler.pull_done(order.key, ok, 0.5, self.now_s)
 
     @precondition(lambda self: self.clients)
@@ -326,16 +325,16 @@ class World(RuleBasedStateMachine):
             assert (entry.index, entry.ids, entry.attempt) == (index, client.ids[index:], client.attempt)
             assert entry.finish is client.finish
 
-    @precondition(lambda self: len(self.engines) < 6 and self.engine.scheduler.counts().running)
+    @precondition(lambda self: self.num_engines < 6 and self.engine.scheduler.counts().running)
     @rule(data=st.data(), broken=st.booleans(), lost=st.sampled_from([False, False, False, True]))
     def interrupt(self, data, broken, lost):
-        """The pipeline stops with its KV, or breaks in the middle of its steps with or without it."""
+        """The pipeline stops, with its KV or without, or breaks in the middle of its steps."""
         engine = self.engine
         if broken:
-            for step in engine.steps:
-                engine.spoil(step)
-            engine.steps.clear()
-            engine.scheduler.abort_steps()
+            self.break_down(engine)
+            self.start_engine(data)
+            self.send_homeless()
+            return
         while engine.steps:
             self.commit_step(engine.steps[0])
         holder = KvHolder(
@@ -346,6 +345,14 @@ class World(RuleBasedStateMachine):
         assert engine.scheduler.counts().free_slots == 0
         self.start_engine(data)
         self.send_homeless()
+
+    def break_down(self, engine: Engine) -> None:
+        """Nothing is heard of it any more, and nothing of it can be pulled."""
+        self.engines.remove(engine)
+        for client in self.clients.values():
+            if client.engine is engine and client.finish is None:
+                client.engine = client.source = None
+                client.attempt += 1
 
     @rule()
     def send_homeless(self):
