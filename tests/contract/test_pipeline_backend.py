@@ -10,6 +10,7 @@ import pytest
 
 from engine.backends.torch import communicator
 from engine.core.roles import Position
+from engine.core.step_meter import WINDOW_STEPS
 from engine.errors import EngineError
 from engine.protocol import FinishReason
 from tests.contract.fleet import Fleet, MakeBackend, Recorder, request, until
@@ -164,6 +165,25 @@ async def test_cancel_ends_a_request_and_frees_its_blocks(make_backend: MakeBack
         assert last is not None
         assert last.finish is FinishReason.CANCELLED
         await until(lambda: leader.snapshot().free_kv_blocks == leader.snapshot().total_kv_blocks)
+
+
+@pytest.mark.parametrize("shape", [ONE, TWO])
+async def test_a_leader_measures_its_decode_steps(make_backend: MakeBackend, shape: list[list[str]]) -> None:
+    async with Fleet(make_backend) as fleet:
+        recorder = await fleet.serve("p1", shape)
+        leader = fleet.leaders["p1"]
+        started_s = time.perf_counter()
+        for name in ("r0", "r1"):
+            await leader.submit(request(name, PROMPTS[name], max_tokens=100, ignore_eos=True))
+        await until(lambda: all(has_finished(recorder, name) for name in ("r0", "r1")))
+        took_s = time.perf_counter() - started_s
+        measured = leader.snapshot().measured_step
+        assert measured is not None
+        assert 1 < measured.num_sequences <= 2
+        assert 0 < measured.mean_context_tokens < 200
+        assert 0 < measured.num_steps <= 200
+        # Every sequence gets a token in a step, and 100 in all: no window took longer than the whole.
+        assert 0 < measured.mean_step_ms / 1000 * WINDOW_STEPS / len(shape) < took_s
 
 
 async def test_the_log_is_resent_from_any_index_also_after_the_end(make_backend: MakeBackend) -> None:
