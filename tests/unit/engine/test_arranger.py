@@ -14,6 +14,10 @@ from engine.core.arranger import (
     steps_before_preemption,
     steps_before_stop,
 )
+from engine.core.scheduler import CostEstimate, Scheduler, SchedulerLimits
+from engine.protocol import GenerateRequest, KvHolder, SamplingParams
+
+HOLDER = KvHolder(rank="r", context_address="", first_layer=0, last_layer=0, first_group=0, last_group=0)
 
 # Multiples of 1/64 s: sums and products are exact, so that brute force and the formula see the same numbers.
 ticks_s = st.integers(0, 4000).map(lambda n: n / 64)
@@ -131,3 +135,37 @@ def test_always_and_never():
     assert choose_kv_moves(sequences, 1.0, math.inf, left_s=1.0) == set()
     assert choose_kv_moves([*sequences, KvMove("c", 4, 40)], 1.0, math.inf, left_s=60.0) == {"a"}, "as many as can"
     assert choose_kv_moves(sequences, 1e12, 0.0, latency_s=0.005) == set()
+
+
+def test_a_resumed_sequence_is_cut_and_resumed_again_on_live_pipelines():
+    """Each pipeline commits as many steps as its arrangement leaves, and hands its KV on; nothing is computed twice."""
+    committed: list[int] = []
+    source, num_computed = None, 0
+    for pipeline, left_s in enumerate([14.0, 5.0, 30.0]):
+        scheduler = Scheduler(SchedulerLimits(64, 16, 4, 512), CostEstimate(1.0, 1e9, 0.0, 1), f"p{pipeline}")
+        sampling = SamplingParams(max_tokens=128)
+        request = GenerateRequest(
+            request_id="a",
+            gateway="g",
+            attempt=pipeline,
+            prompt_ids=[1, 2, 3],
+            committed_ids=committed,
+            sampling=sampling,
+            kv_source=source,
+        )
+        assert scheduler.submit(request, 0.0).accepted
+        for order in scheduler.tick(0.0)[0]:
+            scheduler.pull_done(order.key, True, 0.1, 0.0)
+        for _ in range(steps_before_preemption(execution_time(0.1), 128, left_s, migration_s=2.95)):
+            step = scheduler.schedule(0.0)
+            if step is not None:
+                num_computed += len(step.slices[0].token_ids)
+                scheduler.commit(step.step_id, [len(committed) + 5], 0.0)
+                committed = [*committed, len(committed) + 5]
+        scheduler.drain()
+        for out in scheduler.park("preempted", [HOLDER], None):
+            assert out.entry.interruption is not None
+            source = out.entry.interruption.kv_source
+        scheduler.check_invariants()
+    assert committed == list(range(5, 133))
+    assert num_computed == 3 + 127
