@@ -9,6 +9,7 @@ An instance counts as alive once its liveness connection stands: an old inventor
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
@@ -161,6 +162,22 @@ class Fleet:
             if instance.is_alive and instance.inventory is not None
             for rank in instance.inventory.ranks
         }
+
+    def num_ranks_per_instance(self) -> int:
+        """Of most living instances; 1 if there are none."""
+        alive = [i.inventory for i in self.instances.values() if i.is_alive and i.inventory is not None]
+        numbers = Counter(len(inventory.ranks) for inventory in alive)
+        return max(numbers, key=lambda number: (numbers[number], number), default=1)
+
+    def markets(self) -> list[tuple[Market, int]]:
+        """Market and number of ranks of each living instance."""
+        alive = [i for i in self.instances.values() if i.is_alive]
+        return [(i.market, len(i.inventory.ranks)) for i in alive if i.inventory is not None]
+
+    def kv_tokens(self) -> dict[str, int]:
+        """By living instance: tokens of live sequences that its ranks hold."""
+        alive = [i.inventory for i in self.instances.values() if i.is_alive and i.inventory is not None]
+        return {inventory.instance: sum(rank.kv_tokens for rank in inventory.ranks) for inventory in alive}
 
     def ranks_of_others(self, instance_id: str) -> set[str]:
         """Ranks that living instances other than this one have announced."""

@@ -6,6 +6,7 @@ Every decision starts from the newest inventories, so a second event in the midd
 
 from __future__ import annotations
 
+import contextlib
 import math
 import traceback
 from collections import deque
@@ -15,7 +16,9 @@ from typing import Final, assert_never
 import msgspec
 
 from planner.core.agenda import Agenda
+from planner.core.capacity import CapacityLimits, expected_calm_s
 from planner.core.config_optimizer import Targets
+from planner.core.cost_model import CostModel
 from planner.core.effects import (
     Effect,
     Event,
@@ -24,6 +27,7 @@ from planner.core.effects import (
     ProbeInstances,
     PublishAdvice,
     PublishArrange,
+    PublishDesired,
     PublishPlan,
     Report,
     Severity,
@@ -36,9 +40,11 @@ from planner.core.invariants import check_plan
 from planner.core.load import Load
 from planner.core.planning import Situation, make_plan, retirement_kv_s
 from planner.core.profile import Profile
+from planner.core.provisioning import Provisioning
+from planner.core.refine import Corrections
 from planner.core.rollout import Rollout
 from planner.core.setbacks import Setbacks
-from planner.errors import ModelMismatchError
+from planner.errors import ModelMismatchError, ProfileError
 from planner.protocol import (
     Explanation,
     InstanceInventory,
@@ -66,6 +72,7 @@ BREAK_WAIT_S: Final = 0.3
 RESTORE_HOLD_S: Final = 4.0
 """How long a restarted planner waits for the instances of its plan: inventories come every 2 s."""
 HISTORY: Final = 20
+CAPACITY_EVENTS: Final = 1000
 PREPARE_TIMEOUT_S: Final = 120.0
 
 
@@ -77,10 +84,11 @@ class PlannerState:
         prepare_timeout_s: float = PREPARE_TIMEOUT_S,
         is_advisory: bool = False,
         profile: Profile | None = None,
+        limits: CapacityLimits | None = None,
     ) -> None:
         """`prepare_timeout_s`: a rank whose preparation stands still for so long, beyond what its transfers should
         take, hangs. `is_advisory`: only what keeps the fleet serving is carried out, the rest is advice.
-        `profile`: None: what the instances have measured.
+        `profile`: None: what the instances have measured. `limits`: None: the fleet is taken as it comes.
         """
         self.targets = targets
         self._given_profile = profile
@@ -98,6 +106,13 @@ class PlannerState:
         self._agenda = Agenda()
         self._prepare_timeout_s = prepare_timeout_s
         self._is_advisory = is_advisory
+        self._provisioning = Provisioning(limits) if limits is not None else None
+        self._corrections = Corrections()
+        self._capacity_events_s: deque[float] = deque(maxlen=CAPACITY_EVENTS)
+        """When instances joined, were noticed or lost."""
+        self._watching_since_s: float | None = None
+        self._memory_bytes = 0
+        """Of the smallest rank, from when there last was one."""
         self._hold_until_s = -math.inf
         self._awaited: set[str] = set()
         """Instances of a restored plan that have not shown up yet."""
@@ -119,6 +134,8 @@ class PlannerState:
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """Raises PlannerError if the event must be dropped; the state is then as before."""
+        if self._watching_since_s is None:
+            self._watching_since_s = now_s
         effects = self._hear(event, now_s)
         return effects + self._advance(now_s)
 
@@ -142,6 +159,7 @@ class PlannerState:
             advisory=self._is_advisory,
             num_failed_decisions=self._agenda.num_failed,
             last_failure=self._agenda.last_failure,
+            desired=self._provisioning.desired if self._provisioning is not None else None,
         )
 
     # --- Hear ---
@@ -153,9 +171,9 @@ class PlannerState:
             case InstanceReached():
                 return self._hear_reached(event.instance, now_s)
             case InstanceRequested():
-                self.fleet.apply(event.instance, Sign.REQUESTED, now_s, event.market)
+                self._note_fleet(self.fleet.apply(event.instance, Sign.REQUESTED, now_s, event.market))
             case InstanceStarting():
-                self.fleet.apply(event.instance, Sign.LAUNCHED, now_s, event.market)
+                self._note_fleet(self.fleet.apply(event.instance, Sign.LAUNCHED, now_s, event.market))
             case PreemptionNotice():
                 return self._hear_notice(event, now_s)
             case NoticeCancelled():
@@ -192,7 +210,17 @@ class PlannerState:
             self._want_decision(f"the ranks of {name} have changed", now_s, now_s)
         return effects
 
+    def _note_fleet(self, has_changed: bool) -> None:
+        if has_changed and self._provisioning is not None:
+            self._provisioning.note_change()
+
+    def _note_capacity_event(self, now_s: float) -> None:
+        self._capacity_events_s.append(now_s)
+        self._note_fleet(has_changed=True)
+
     def _note_inventory(self, inventory: InstanceInventory, now_s: float) -> None:
+        for rank in inventory.ranks:
+            self._note_measured_step(rank, now_s)
         for name in self._rollout.note_inventory(inventory, now_s):
             self._break_until_s.setdefault(name, now_s + BREAK_WAIT_S)
 
@@ -202,6 +230,7 @@ class PlannerState:
             return []
         self.fleet.apply(name, Sign.REACHED, now_s)
         instance.reached = True
+        self._note_capacity_event(now_s)
         self._note_inventory(instance.inventory, now_s)
         if name in self._awaited:
             self._awaited.discard(name)
@@ -221,6 +250,7 @@ class PlannerState:
         if instance.state is InstanceState.LOST or instance.deadline_s == notice.deadline_s:
             return []
         instance.deadline_s = notice.deadline_s
+        self._note_capacity_event(now_s)
         left_s = notice.deadline_s - now_s
         self._want_decision(f"{notice.instance} will be preempted in {left_s:.1f} s", now_s, now_s)
         return [Report(event="preemption notice", fields={"instance": notice.instance, "left_s": f"{left_s:.3f}"})]
@@ -229,6 +259,7 @@ class PlannerState:
         """It is not taken away after all: what has not stopped because of its notice goes on."""
         if not self.fleet.withdraw_notice(name, now_s):
             return []
+        self._note_fleet(has_changed=True)
         self._want_decision(f"{name} stays: {why}", now_s, now_s)
         return [Report(event="notice withdrawn", fields={"instance": name, "reason": why}, severity=Severity.WARNING)]
 
@@ -241,6 +272,7 @@ class PlannerState:
             self.fleet.apply(name, Sign.LAUNCHED, now_s)  # the earlier planner knew it, this one has not seen it
         if not self.fleet.apply(name, Sign.LOST, now_s):
             return []
+        self._note_capacity_event(now_s)
         if was_reached or was_awaited:
             self._want_decision(f"instance {name} lost: {reason}", detected_at_s, now_s)
         return [
@@ -255,6 +287,8 @@ class PlannerState:
     def _hear_load(self, report: LoadReport, now_s: float) -> None:
         check_load(report)
         self._load.note(report, now_s)
+        if self._provisioning is not None:
+            self._provisioning.note_load(now_s)
         is_calm = self._rollout.is_all_prepared and not self._rollout.retirements
         if self.model is None or not is_calm:
             return
@@ -302,6 +336,8 @@ class PlannerState:
         effects += self._end_hold(now_s)
         if not self._awaited and self._agenda.due_at_s <= now_s:
             effects += self._decide(now_s)
+        if self._provisioning is not None and self._provisioning.is_due and not self._awaited:
+            effects += self._provision(self._provisioning, now_s)
         return effects + [PublishArrange(arrange=arrange) for arrange in self._rollout.due_arranges(now_s)]
 
     def _end_states(self, now_s: float) -> list[Effect]:
@@ -342,19 +378,21 @@ class PlannerState:
         if self.model is None:
             return []
         migration_s: dict[str, float] = {}
+        review_at_s = math.inf
         try:
             situation = self._situation(self.model, cause, cause_at_s, now_s)
             plan = make_plan(situation, now_s)
+            review_at_s = situation.review_at_s(now_s)
             if plan is not None:
                 check_plan(plan, self.plan)
                 migration_s = {r.pipeline.id: retirement_kv_s(situation, r) for r in plan.retiring if not r.broken}
         except Exception as error:  # noqa: BLE001 - whatever it is: the fleet serves on with the last good plan
             return self._fail(cause, cause_at_s, error, now_s)
-        self._agenda.note_success(math.inf)
+        self._agenda.note_success(review_at_s)
         self._load.note_decision(situation.workload.arrivals_per_s, now_s)
         if plan is None:
             return [Report(event="plan unchanged", fields={"cause": cause})]
-        if self._is_advisory and not _is_forced(situation):
+        if self._is_advisory and not _is_forced(plan, situation):
             return self._advise(plan)
         return self._adopt(plan, migration_s, now_s)
 
@@ -362,7 +400,10 @@ class PlannerState:
         self.plan = plan
         self.history.appendleft(plan.explanation)
         self._rollout.adopt(plan, migration_s, now_s)
-        self._ruined &= {p.id for p in [*plan.pipelines, *(r.pipeline for r in plan.retiring)]}
+        ids = {p.id for p in [*plan.pipelines, *(r.pipeline for r in plan.retiring)]}
+        self._ruined &= ids
+        self._corrections = self._corrections.without(set(self._corrections.num_steps) - ids)
+        self._note_fleet(has_changed=True)
         return [PublishPlan(plan=plan)]
 
     def _advise(self, plan: Plan) -> list[Effect]:
@@ -401,7 +442,46 @@ class PlannerState:
             untouched=self._rollout.untouched(),
             open_retirements=self._rollout.open_retirements(),
             revivable=self._rollout.revivable(now_s, noticed),
+            corrections=self._corrections,
+            expected_calm_s=self._expected_calm_s(now_s),
+            num_ranks_per_instance=self.fleet.num_ranks_per_instance(),
+            usd_per_rank_h=self._provisioning.usd_per_rank_h(self.fleet.markets()) if self._provisioning else 0.0,
+            can_release=self._provisioning is not None,
+            reviews_notices=True,
         )
+
+    def _expected_calm_s(self, now_s: float) -> float:
+        since_s = self._watching_since_s if self._watching_since_s is not None else now_s
+        return expected_calm_s(self._capacity_events_s, now_s, since_s=since_s)
+
+    def _costs(self, model: ModelShape, memory_bytes: int, now_s: float, corrections: Corrections | None) -> CostModel:
+        workload = self._load.workload(model.max_model_len, now_s)
+        return CostModel(
+            model, self._profile(), memory_bytes, workload, self.targets.max_batch, corrections=corrections
+        )
+
+    def _note_measured_step(self, rank: RankInventory, now_s: float) -> None:
+        pipeline = self._current(rank.pipeline) if rank.pipeline is not None else None
+        if rank.measured_step is None or pipeline is None or pipeline.leader != rank.rank or self.model is None:
+            return
+        shape = len(pipeline.stages), pipeline.tensor
+        with contextlib.suppress(ProfileError):  # make_plan says so too, and is heard
+            costs = self._costs(self.model, rank.memory_bytes, now_s, None)
+            self._corrections = self._corrections.noted(pipeline.id, shape, rank.measured_step, costs)
+
+    def _provision(self, provisioning: Provisioning, now_s: float) -> list[Effect]:
+        ranks = self.fleet.ranks().values()
+        try:
+            costs = None
+            if self.model is not None:
+                memory_bytes = min((rank.inventory.memory_bytes for rank in ranks), default=self._memory_bytes)
+                self._memory_bytes = memory_bytes
+                costs = self._costs(self.model, memory_bytes, now_s, self._corrections)
+            desired = provisioning.answer(costs, self.targets, self.fleet, self.plan, now_s)
+        except Exception as error:  # noqa: BLE001 - as for plans: the last answer stands
+            fields = {"error": f"{type(error).__name__}: {error}"}
+            return [Report(event="no answer on capacity, the last one stands", fields=fields, severity=Severity.ERROR)]
+        return [PublishDesired(desired=desired)] if desired is not None else []
 
     def _want_decision(self, cause: str, cause_at_s: float, decide_at_s: float) -> None:
         self._agenda.want(cause, cause_at_s, decide_at_s)
@@ -447,10 +527,10 @@ class PlannerState:
         )
 
 
-def _is_forced(situation: Situation) -> bool:
-    """Without a new plan nothing serves, or a pipeline that serves is lost."""
+def _is_forced(plan: Plan, situation: Situation) -> bool:
+    """Without it nothing serves, or a pipeline that serves is lost; or it changes nothing that serves."""
     pipelines = situation.last.pipelines if situation.last is not None else []
-    return not pipelines or any(
+    return pipelines in ([], plan.pipelines) or any(
         not situation.is_intact(p) or any(situation.ranks[name].deadline_s is not None for name in p.ranks())
         for p in pipelines
     )

@@ -42,6 +42,7 @@ class Controller:
     def __init__(self, settings: Settings, tracing: Tracing) -> None:
         self._state = PlannerState(
             settings.targets,
+            limits=settings.limits,
             prepare_timeout_s=settings.prepare_timeout_s,
             is_advisory=settings.advisory,
         )

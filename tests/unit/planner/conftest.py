@@ -32,6 +32,7 @@ from planner.protocol import (
     InstanceLost,
     InstanceStarting,
     Market,
+    MeasuredStep,
     ModelShape,
     NoticeCancelled,
     Phase,
@@ -86,6 +87,7 @@ class Process:
         self.runs: str | None = None
         self.prepared: set[str] = set()
         self.kv_tokens = 0
+        self.measured_step: MeasuredStep | None = None
 
     def inventory(self) -> RankInventory:
         return RankInventory(
@@ -101,6 +103,7 @@ class Process:
             pipeline=self.runs,
             prepared=sorted(self.prepared),
             kv_tokens=self.kv_tokens,
+            measured_step=self.measured_step,
         )
 
 
@@ -168,6 +171,14 @@ class World:
         self.vanish(name)
         self.send(InstanceLost(instance=name, reason="connection reset", detected_at_s=self.now_s))
 
+    def restart_ranks(self, name: str) -> None:
+        """The agent starts them anew: other addresses, nothing held."""
+        self.num_started += 1
+        old = self.alive[name]
+        self.alive[name] = [Process(process.name, self.memory_bytes, self.num_started) for process in old]
+        self.drop_dead_pipelines()
+        self.announce(name)
+
     def vanish(self, name: str) -> None:
         del self.alive[name]
         self.drop_dead_pipelines()
@@ -234,7 +245,7 @@ class World:
         names = {p.id for p in plan.pipelines}
         for process in self.processes().values():
             process.prepared &= names
-            if process.runs in {r.pipeline.id for r in plan.retiring if r.broken}:
+            if process.runs not in names | {r.pipeline.id for r in plan.retiring if not r.broken}:
                 process.runs, process.kv_tokens = None, 0
         if self.does_prepare:
             self.prepare()

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from planner.core.agenda import RETRY_DELAYS_S
-from planner.core.effects import Severity
+from planner.core.capacity import CapacityLimits
+from planner.core.effects import Severity, Tick
 from planner.core.fleet import OUTLIVED_S, REQUEST_TIMEOUT_S, STARTING_TIMEOUT_S
 from planner.core.rollout import REVIVE_MARGIN_S
 from planner.core.setbacks import HANG_EXCLUSION_S
@@ -18,6 +19,7 @@ from planner.protocol import (
     InstanceState,
     LoadReport,
     Market,
+    MeasuredStep,
     Phase,
     PreemptionNotice,
 )
@@ -111,7 +113,7 @@ def test_notice_before_it_joins(make_world):
     world = make_world()
     world.join("i1")
     world.send(InstanceStarting(instance="i2", market=Market.SPOT))
-    world.notice("i2", 60.0)
+    world.notice("i2", 30.0)
     assert state_of(world, "i2") is InstanceState.GRACE
     world.join("i2")
     assert [p.leader for p in world.plan.pipelines] == ["i1-0"]
@@ -155,6 +157,19 @@ def test_deadline_that_moves(make_world, moved_to_s):
     assert world.processes()["i2-0"].runs == "p2", "it serves on to its own deadline"
     world.advance(2.5)
     assert world.processes()["i2-0"].runs is None
+
+
+def test_long_notice_is_looked_at_again_when_it_has_become_short(make_world):
+    world = make_world()
+    world.join("i1", "i2")
+    world.notice("i2", 120.0)
+    assert [p.leader for p in world.plan.pipelines] == ["i1-0", "i2-0"], "it serves on"
+    assert world.plan.deadlines == {"i2": world.now_s + 120.0}
+    world.advance(60.0)
+    assert len(world.plan.pipelines) == 2
+    world.advance(35.0)
+    assert [p.leader for p in world.plan.pipelines] == ["i1-0"]
+    assert "time has passed" in world.plan.explanation.cause
 
 
 def test_false_notice(make_world):
@@ -249,7 +264,7 @@ def test_pipeline_revived_before_it_had_started_is_prepared_again(make_world):
     world = make_world(data=1, pipeline=3, tensor=1)
     world.join("i1", "i2", "i3")
     world.does_prepare = False
-    world.notice("i3", 60.0)
+    world.notice("i3", 30.0)
     world.held = []
     world.prepare()
     late = [progress for progress in world.held if progress.phase is Phase.PREPARED]
@@ -258,7 +273,7 @@ def test_pipeline_revived_before_it_had_started_is_prepared_again(make_world):
         world.send(progress)
     world.cancel("i3")
     assert world.ids == ["p1"]
-    world.notice("i3", 50.0)
+    world.notice("i3", 25.0)
     assert world.shapes() == [(2, 1)]
     for progress in late:
         world.send(progress)
@@ -362,3 +377,46 @@ def test_advisory_mode_heeds_notices(make_world):
     world.cancel("i2")
     assert [p.leader for p in world.plan.pipelines] == ["i1-0"], "to use it again is advice"
     assert world.advice[-1].chosen.data == 2
+
+
+# --- Capacity and measured steps -----------------------------------------------------------------------------------
+
+
+def test_desired_capacity_follows_the_load_within_its_limits(make_world):
+    limits = CapacityLimits(min_spot=1, max_spot=4, max_on_demand=1, candidate_pool=0)
+    world = make_world(options={"limits": limits})
+    world.send(Tick())
+    assert [(d.spot, d.on_demand) for d in world.desired] == [(1, 0)], "one shows the model"
+    world.join("i1", "i2", "i3")
+    assert (world.desired[-1].spot, world.desired[-1].release) == (1, ["i2", "i3"])
+    assert world.state.status(world.now_s).desired == world.desired[-1]
+    for _ in range(40):
+        world.send(LoadReport(gateway="g", arrivals_per_s=500.0, running=9, waiting=9))
+        world.advance(1.0)
+    assert (world.desired[-1].spot, world.desired[-1].on_demand) == (4, 1)
+    assert world.desired[-1].release == []
+    num_answers = len(world.desired)
+    world.advance(20.0)
+    assert len(world.desired) <= num_answers + 1, "the load is forgotten once, and nothing else changes"
+
+
+def test_no_limits_no_desired_capacity(make_world):
+    world = make_world()
+    world.join("i1", "i2")
+    assert world.desired == []
+    assert world.state.status(world.now_s).desired is None
+
+
+def test_steps_slower_than_the_profile_make_estimates_longer(make_world):
+    def latency_s(step_ms):
+        world = make_world(data=2)
+        world.join("i1")
+        if step_ms is not None:
+            for num_steps in range(100, 2000, 100):
+                measured = MeasuredStep(num_sequences=1.0, mean_step_ms=step_ms, num_steps=num_steps)
+                world.processes()["i1-0"].measured_step = measured
+                world.announce("i1")
+        world.join("i2")
+        return world.plan.explanation.alternatives[0].latency_s
+
+    assert latency_s(200.0) > 1.5 * latency_s(None)

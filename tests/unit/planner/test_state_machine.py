@@ -5,8 +5,6 @@ import math
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from planner.core.effects import Tick
 from planner.errors import InventoryError, ModelMismatchError
@@ -477,62 +475,6 @@ def test_nothing_to_wait_for_when_calm(make_world):
     assert world.state.next_wakeup_s(world.now_s) == math.inf
     world.join("i1")
     assert world.state.next_wakeup_s(world.now_s) == math.inf
-
-
-event = st.tuples(
-    st.sampled_from(["join", "notice", "kill", "wait", "break", "fail", "restart", "restart rank", "prepare"]),
-    st.integers(0, 5),
-    st.sampled_from([0.0, 0.3, 2.0, 5.0, 30.0]),
-)
-pins = st.fixed_dictionaries(
-    {
-        "data": st.sampled_from([None, 1, 2]),
-        "pipeline": st.sampled_from([None, 1, 2, 3]),
-        "tensor": st.sampled_from([None, 1, 3]),
-    }
-)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(events=st.lists(event, max_size=14), targets=pins, num_ranks=st.sampled_from([1, 2]), slow=st.booleans())
-def test_any_sequence_of_events_ends_in_service(make_world, make_model, events, targets, num_ranks, slow):
-    model = make_model(num_layers=6, max_model_len=256)
-    world = make_world(model=model, **targets)
-    world.does_prepare = not slow
-    for kind, which, seconds in events:
-        name = f"i{which}"
-        known = [p.id for p in world.plan.pipelines] if world.plans else []
-        if kind == "join" and name not in world.alive:
-            world.join(name, num_ranks=num_ranks, settle=False)
-        elif kind == "notice" and name in world.alive:
-            world.notice(name, seconds)
-        elif kind == "kill" and name in world.alive:
-            world.kill(name)
-        elif kind == "restart rank" and name in world.alive:
-            world.alive[name][0].__init__(f"{name}-0", world.memory_bytes, 1000 + len(world.plans))
-            world.announce(name)
-        elif kind in ("break", "fail") and known:
-            pipeline = world.plan.pipelines[which % len(known)]
-            phase = Phase.BROKEN if kind == "break" else Phase.PREPARE_FAILED
-            world.report(pipeline.ranks()[-1], pipeline.id, phase)
-        elif kind == "restart":
-            world.restart_planner()
-        elif kind == "prepare" and world.plans:
-            world.prepare()
-        elif kind == "wait":
-            world.advance(seconds)
-    world.does_prepare = True
-    if world.plans:
-        world.prepare()
-    world.advance(90.0)
-    for name in list(world.alive):
-        if states(world)[name] is InstanceState.GRACE:
-            world.kill(name)
-    world.advance(20.0)
-    if world.alive:
-        assert world.ids, "there are ranks, and no pipeline"
-        assert world.running() == world.ids
-        assert set(world.plan.deadlines) == set()
 
 
 @pytest.mark.parametrize("targets", [{}, {"data": 1, "pipeline": 8, "tensor": 2}])
