@@ -109,7 +109,7 @@ def _fit(situation: Situation, pool: list[Rank], notes: list[str]) -> Fit:
     supply = Supply(
         num_ranks=len(pool),
         num_ranks_per_instance=situation.num_ranks_per_instance,
-        num_paid_instances=0 if situation.can_release else None,
+        num_paid_instances=situation.num_paid_instances if situation.can_release else None,
     )
     choice = choose_layout(costs, supply, situation.targets, layout_of(present))
     return Fit(costs=costs, supply=supply, choice=choice, pool=pool, present=present, intact=intact, notes=notes)

@@ -60,6 +60,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """Mean price of a rank; 0: the prices are not known."""
     can_release: bool = False
     """Instances without a position are given back, so that using fewer saves money."""
+    num_paid_instances: int = 0
+    """Where `can_release`: so many are kept whether they are used or not (the desired capacity, candidates included)."""
     reviews_notices: bool = False
     """The caller decides again at `review_at_s`: until then instances with a long notice serve on."""
 
