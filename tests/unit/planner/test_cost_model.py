@@ -31,6 +31,8 @@ def test_interpolation_follows_the_measured_points():
     assert interpolate((1, 4, 16), (1.0, 2.0, 8.0), 10) == 5.0
     assert interpolate((1, 4, 16), (1.0, 2.0, 8.0), 28) == 14.0
     assert interpolate((4,), (2.0,), 28) == 2.0
+    # Times that were measured as falling are noise: they do not fall to zero beyond.
+    assert interpolate((1, 4), (2.0, 1.5), 28) == 1.5
 
 
 def test_one_stage_step_is_layers_and_head(make_costs):
