@@ -16,10 +16,9 @@ from typing import Final
 
 import msgspec
 
-from loadtest.errors import SimulationError
 from loadtest.simulator.policies.base import OnProgress
 from loadtest.simulator.policies.fixed_shape import START_S, FixedShapeRun
-from loadtest.simulator.policies.step_times import best_config, cost_model, smallest_fleet
+from loadtest.simulator.policies.step_times import best_config, cost_model, does_not_fit, fleet_sizes
 from loadtest.simulator.result import Result
 from loadtest.simulator.scenario import Lifetime, Scenario, lifetimes
 from planner.protocol import Market, ParallelConfig
@@ -47,15 +46,19 @@ class Sizing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def size_replicas(scenario: Scenario) -> Sizing:
-    """The size with the least latency when the smallest fleet of the trace is cut into replicas of that size, and how
-    many of them the load needs. Raises SimulationError if the model does not even fit into the whole smallest fleet.
+    """The size with the least latency when the smallest spot fleet of the trace is cut into replicas of that size (the
+    smallest that fits, if that fleet does not hold one), and how many of them the load needs.
+
+    Raises SimulationError if the model does not fit into the largest spot fleet.
     """
     costs = cost_model(scenario)
     rate_per_s = costs.workload.arrivals_per_s
-    fleet = max(1, smallest_fleet(scenario.trace))
-    best: tuple[tuple[float, float], Sizing] | None = None
-    for size in range(1, fleet + 1):
-        num_replicas = fleet // size
+    sizes = fleet_sizes(scenario.trace, {Market.SPOT})
+    best: tuple[tuple[float, float, int], Sizing] | None = None
+    for size in range(1, max(1, sizes[-1]) + 1):
+        if best is not None and size > sizes[0]:
+            break
+        num_replicas = max(1, sizes[0] // size)
         config = best_config(scenario, size * scenario.ranks_per_instance, rate_per_s / num_replicas)
         if config is None:
             continue
@@ -63,11 +66,11 @@ def size_replicas(scenario: Scenario) -> Sizing:
         assert estimate is not None, "best_config found that it fits"
         per_replica = estimate.throughput_per_s / num_replicas
         num_wanted = max(1, math.ceil(rate_per_s / (TARGET_LOAD * per_replica)))
-        key = (estimate.latency_s, -estimate.throughput_per_s)
+        key = (estimate.latency_s, -estimate.throughput_per_s, size)
         if best is None or key < best[0]:
             best = key, Sizing(instances=size, config=config, num_wanted=num_wanted)
     if best is None:
-        raise SimulationError(f"{scenario.name}: the model does not fit on {fleet} instances, the smallest fleet")
+        raise does_not_fit(scenario, sizes[-1])
     return best[1]
 
 

@@ -64,6 +64,7 @@ ARRANGE_MARGIN_S: Final = 2.0
 """The engine's default."""
 PARKED_KV_S: Final = 60.0
 """The engine's default: so long the KV of interrupted sequences is kept."""
+TICK_S: Final = 0.01
 LOAD_REPORT_S: Final = 1.0
 INVENTORY_S: Final = 10.0
 STALLED_S: Final = 900.0
@@ -258,6 +259,8 @@ class Fleet:
         if self._tick is not None:
             self._tick.cancel()
         wakeup_s = self.planner.next_wakeup_s(self.clock.now_s)
+        if wakeup_s <= self.clock.now_s:  # as a live planner's loop, which takes time
+            wakeup_s = self.clock.now_s + TICK_S
         self._tick = self.clock.at(wakeup_s, lambda: self._send(Tick())) if wakeup_s < math.inf else None
 
     def _later(self, event: Event) -> None:

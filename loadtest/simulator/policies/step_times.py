@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 
 from loadtest.errors import SimulationError
 from loadtest.simulator.pipelines import MAX_STEP_TOKENS
 from loadtest.simulator.scenario import CapacityTrace, Scenario
 from planner.core.cost_model import CostModel, Workload
-from planner.protocol import ParallelConfig
+from planner.protocol import Market, ParallelConfig
 
 
 def cost_model(scenario: Scenario) -> CostModel:
@@ -44,23 +46,36 @@ def best_config(scenario: Scenario, num_ranks: int, arrivals_per_s: float | None
 
 
 def best_shape_of_smallest_fleet(scenario: Scenario) -> tuple[int, int]:
-    """(pipeline, tensor) that serves at every point of the trace. Raises SimulationError if none does."""
-    num_ranks = smallest_fleet(scenario.trace) * scenario.ranks_per_instance
-    config = best_config(scenario, num_ranks)
-    if config is None:
-        raise SimulationError(f"{scenario.name}: the model does not fit on {num_ranks} ranks, the smallest fleet")
-    return config.pipeline, config.tensor
+    """(pipeline, tensor) that serves at every point of the trace at which any shape does.
+
+    Raises SimulationError if the model fits at no point.
+    """
+    sizes = fleet_sizes(scenario.trace)
+    for num_instances in sizes:
+        config = best_config(scenario, num_instances * scenario.ranks_per_instance)
+        if config is not None:
+            return config.pipeline, config.tensor
+    raise does_not_fit(scenario, sizes[-1])
 
 
-def smallest_fleet(trace: CapacityTrace) -> int:
-    """The fewest usable instances at any time before the end."""
-    num, fewest = 0, []
+def fleet_sizes(trace: CapacityTrace, markets: Collection[Market] = tuple(Market)) -> list[int]:
+    """How many usable instances of `markets` there are at any time before the end; ascending, each number once."""
+    market_of = {name: event.market for event in trace.events for name in event.added}
+    num, sizes = 0, set[int]()
     for index, event in enumerate(trace.events):
-        num += len(event.added) - len(event.removed)
+        num += sum(market_of[name] in markets for name in event.added)
+        num -= sum(market_of[name] in markets for name in event.removed)
         is_last_then = index + 1 == len(trace.events) or trace.events[index + 1].at_s > event.at_s
         if is_last_then and event.at_s < trace.end_s:
-            fewest.append(num)
-    return min(fewest, default=0)
+            sizes.add(num)
+    return sorted(sizes) or [0]
+
+
+def does_not_fit(scenario: Scenario, num_instances: int) -> SimulationError:
+    """On the largest fleet of the trace."""
+    ranks = num_instances * scenario.ranks_per_instance
+    each = f"{scenario.memory_bytes / 1e9:.1f} GB each"
+    return SimulationError(f"{scenario.name}: {scenario.model.name} does not fit on {ranks} ranks with {each}")
 
 
 class ShapeTimes:

@@ -13,7 +13,7 @@ from loadtest.simulator.policies.on_demand import OnDemand
 from loadtest.simulator.policies.replicas import Replicas, size_replicas
 from loadtest.simulator.policies.rerouting_strong import ReroutingStrong
 from loadtest.simulator.policies.spotserve import SpotServe, SpotServeOptions
-from loadtest.simulator.policies.step_times import smallest_fleet
+from loadtest.simulator.policies.step_times import fleet_sizes
 from loadtest.simulator.result import Fate
 from loadtest.simulator.scenario import CapacityEvent, CapacityTrace, Request, lifetimes
 from planner.protocol import Market
@@ -292,6 +292,23 @@ def test_rerouting_loads_a_new_pipeline_from_disk(make_scenario, make_trace, mak
     assert 40.5 < whole_again_s < 41.5
 
 
-def test_smallest_fleet(make_trace):
-    assert smallest_fleet(make_trace((0, "+", "a b"), (5, "-", "a"), (5, "+", "c d"), (9, "-", "b"))) == 2
-    assert smallest_fleet(make_trace((0, "+", "a b"), (60, "-", "a b"))) == 2
+def test_rerouting_takes_the_smallest_fleet_that_holds_the_model(make_scenario, make_trace, make_requests):
+    trace = make_trace((0, "+", "a b"), (20, "-", "a"), (40, "+", "c"), end_s=80.0)
+    scenario = make_scenario(trace=trace, requests=make_requests(60, 1.0), memory_bytes=85_000_000)
+    result = run(ReroutingStrong(), scenario)
+    assert [len(fleet_at(result, at_s).shapes) for at_s in (10, 30, 79)] == [1, 0, 1]
+
+
+def test_fleet_sizes(make_trace):
+    assert fleet_sizes(make_trace((0, "+", "a b"), (5, "-", "a"), (5, "+", "c d"), (9, "-", "b"))) == [2, 3]
+    assert fleet_sizes(make_trace((0, "+", "a b"), (60, "-", "a b"))) == [2]
+    mixed = CapacityTrace(
+        name="mixed",
+        events=(
+            CapacityEvent(at_s=0.0, added=("a",)),
+            CapacityEvent(at_s=0.0, added=("b",), market=Market.ON_DEMAND),
+            CapacityEvent(at_s=9.0, removed=("b",)),
+        ),
+        end_s=20.0,
+    )
+    assert (fleet_sizes(mixed), fleet_sizes(mixed, {Market.SPOT})) == ([1, 2], [1])
