@@ -49,7 +49,7 @@ def processed(logits: Tensor, params: SamplingParams, index: int, history: Histo
     """
     allowed = logits if mask is None else logits.masked_fill(~mask, MINUS_INFINITY)
     scores = allowed.clone()
-    banned = banned_ids(params, index, has_grammar=mask is not None) & set(range(len(logits)))
+    banned = {i for i in banned_ids(params, index, has_grammar=mask is not None) if 0 <= i < len(logits)}
     if params.logit_bias:
         scores[_ids(params.logit_bias, scores)] += scores.new_tensor(list(params.logit_bias.values()))
         banned |= {token for token, bias in params.logit_bias.items() if bias <= BANNED_BIAS}

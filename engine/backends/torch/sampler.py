@@ -16,6 +16,7 @@ from engine.core.sampling import uniform
 from engine.protocol import SamplingParams
 
 GREEDY_BELOW: Final = 1e-5
+FIRST_LOOK: Final = 256
 
 
 @torch.inference_mode()
@@ -68,19 +69,29 @@ def _filtered(probs: Tensor, params: SamplingParams) -> Tensor:
     if params.min_p > 0.0:
         probs = torch.where(probs >= params.min_p * probs.max(), probs, 0.0)
     if 0 < params.top_k < len(probs):
-        probs = _keep_best(probs, params.top_k)
+        probs = _keep_best(probs, params.top_k, probs.topk(params.top_k).values[-1])
     if params.top_p < 1.0:
-        ordered = torch.sort(probs, descending=True, stable=True).values
-        before = ordered.cumsum(-1) - ordered
-        num_kept = int((before < params.top_p * ordered.sum()).sum())
-        probs = _keep_best(probs, max(num_kept, 1))
+        probs = _nucleus(probs, params.top_p)
     return probs
 
 
-def _keep_best(probs: Tensor, count: int) -> Tensor:
-    best = torch.sort(probs, descending=True, stable=True).indices[:count]
-    kept = torch.zeros_like(probs)
-    kept[best] = probs[best]
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Keep as many of the best tokens as it takes to reach `top_p` of all probability; at least one."""
+    enough = top_p * probs.sum()
+    # A few hundred tokens nearly always are enough, and to find them is much faster than to sort all.
+    best = probs.topk(min(FIRST_LOOK, len(probs))).values
+    if best.sum() < enough:
+        best = probs.sort(descending=True).values
+    count = max(int((best.cumsum(-1) - best < enough).sum()), 1)
+    return _keep_best(probs, count, best[count - 1])
+
+
+def _keep_best(probs: Tensor, count: int, least: Tensor) -> Tensor:
+    """Zero all but the `count` best, of which `least` is the last."""
+    better = probs > least
+    kept = torch.where(better, probs, 0.0)
+    ties = (probs == least).nonzero()[: count - int(better.sum()), 0]
+    kept[ties] = least
     return kept
 
 

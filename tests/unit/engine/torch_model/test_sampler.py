@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.backends.torch import sampler
 from engine.backends.torch.sampler import sample
 from engine.protocol import SamplingParams
 
@@ -79,3 +80,14 @@ def test_an_end_is_banned_before_min_tokens_also_when_greedy():
     logits[0, 3], logits[0, 8], logits[0, 9] = 9.0, 8.0, 7.0
     params = SamplingParams(max_tokens=9, min_tokens=2, temperature=0.0, eos_token_ids=[3], stop_token_ids=[8])
     assert [sample(logits, [params], [0], [index])[0] for index in range(3)] == [9, 9, 3]
+
+
+@pytest.mark.parametrize("scale", [0.5, 8.0], ids=["flat", "peaked"])
+def test_the_nucleus_is_the_same_whether_a_few_tokens_reach_it_or_not(scale, monkeypatch):
+    params = SamplingParams(max_tokens=1, top_p=0.8)
+    for seed in range(20):
+        probs = torch.softmax(logits_of(seed)[0].double() * scale, -1)
+        expected = allowed(logits_of(seed)[0] * scale, params, 0)
+        for first_look in (1, 4, VOCAB):
+            monkeypatch.setattr(sampler, "FIRST_LOOK", first_look)
+            assert set(sampler._filtered(probs, params).nonzero()[:, 0].tolist()) == expected
