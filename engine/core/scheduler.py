@@ -8,10 +8,12 @@ one more at a time as it grows; where none is left, the youngest gives up its KV
 from __future__ import annotations
 
 import bisect
+import math
 from collections import deque
 
 import msgspec
 
+from engine.core.arranger import KvMove, choose_kv_moves
 from engine.core.block_manager import BlockManager
 from engine.core.frames import shortened
 from engine.core.prefix_index import ROOT, Prefix
@@ -420,17 +422,29 @@ class Scheduler:
 
     def _worth_pulling(self, sequence: Sequence, num_reusable: int) -> KvSource | None:
         """The part of its KV source that is worth pulling: at least the last token must be fed, for its logits."""
-        source, num_needed = sequence.kv_source, len(sequence.tokens) - 1
-        if sequence.scores_prompt:
-            return None  # Its KV does not give the logits of the prompt.
-        if source is not None and min(source.num_tokens, num_needed) <= num_reusable:
+        source, cost = sequence.kv_source, self.cost
+        if source is None or sequence.scores_prompt:  # KV does not give the logits of the prompt.
             return None
-        if source is None or not self.cost.pull_is_sooner(source.num_tokens, num_needed):
-            return None
-        num_tokens = min(source.num_tokens, num_needed)
-        if source.deadline_s is not None and self._now_s + self.cost.pull_s(num_tokens) > source.deadline_s:
-            return None
-        return msgspec.structs.replace(source, num_tokens=num_tokens)
+        num_tokens = min(source.num_tokens, len(sequence.tokens) - 1)
+        moving = choose_kv_moves(
+            [KvMove(sequence.key, num_tokens - num_reusable, num_tokens * cost.kv_bytes_per_token)],
+            cost.transfer_bytes_per_s,
+            cost.prefill_s_per_token,
+            math.inf if source.deadline_s is None else source.deadline_s - self._now_s,
+            latency_s=cost.transfer_latency_s,
+            link_busy_s=self._pulls_s(),
+            prefill_busy_s=self._prefills_s(),
+        )
+        return msgspec.structs.replace(source, num_tokens=num_tokens) if moving else None
+
+    def _pulls_s(self) -> float:
+        sources = (s.kv_source for s in self._sequences.values() if s.state is State.PULLING)
+        return sum(self.cost.pull_s(source.num_tokens) for source in sources if source is not None)
+
+    def _prefills_s(self) -> float:
+        running = (s.num_to_feed for s in self._sequences.values() if s.state is State.RUNNING)
+        num_tokens = sum(num_to_feed for num_to_feed in running if num_to_feed > 1)
+        return num_tokens * self.cost.prefill_s_per_token if num_tokens else 0.0
 
     def _queue(self, sequence: Sequence) -> None:
         bisect.insort(self._waiting, sequence, key=lambda s: s.priority)

@@ -54,11 +54,6 @@ class CostEstimate:
     def pull_s(self, num_tokens: int) -> float:
         return self.transfer_latency_s + num_tokens * self.kv_bytes_per_token / self.transfer_bytes_per_s
 
-    def pull_is_sooner(self, num_tokens_held: int, num_tokens_needed: int) -> bool:
-        """Whether `num_tokens_needed` tokens have their KV sooner if those that are held elsewhere are pulled."""
-        num_tokens = min(num_tokens_held, num_tokens_needed)
-        return num_tokens > 0 and self.pull_s(num_tokens) < num_tokens * self.prefill_s_per_token
-
 
 @dataclass(frozen=True, slots=True)
 class StepSlice:

@@ -653,10 +653,23 @@ def test_kv_not_worth_pulling_is_recomputed(fields):
     assert scheduler.schedule(0.0).slices[0].context_tokens == 0
 
 
-def test_pull_is_sooner_compares_with_the_prefill_of_the_same_tokens():
-    # 1 s + 0.1 s a token against 1 s a token.
-    assert [PULL.pull_is_sooner(n, 100) for n in (0, 1, 2, 50)] == [False, False, True, True]
-    assert not PULL.pull_is_sooner(50, 1)
+@pytest.mark.parametrize(("num_held", "is_pulled"), [(0, False), (1, False), (2, True), (50, True)])
+def test_kv_is_pulled_if_that_is_sooner_than_its_prefill(num_held, is_pulled):
+    """1 s + 0.1 s a token against 1 s a token."""
+    scheduler = make_scheduler()
+    submit(scheduler, num_prompt=60, committed=[5], source_tokens=num_held)
+    orders, _ = scheduler.tick(0.0)
+    assert bool(orders) == is_pulled
+
+
+def test_pulls_and_prefills_that_are_under_way_count():
+    scheduler = make_scheduler(num_blocks=256)
+    submit(scheduler, "long", num_prompt=90, committed=[5], source_tokens=90)
+    submit(scheduler, "short", num_prompt=10, committed=[5], source_tokens=10)
+    submit(scheduler, "shorter", num_prompt=6, committed=[5], source_tokens=6)
+    orders, _ = scheduler.tick(0.0)
+    # 10 s on the link; then 10 s of prefill are done as soon, and 6 s more of it are not: 1.6 s on the link.
+    assert [order.key.request_id for order in orders] == ["long", "shorter"]
 
 
 def test_complete_resume_finishes_at_once():
