@@ -8,6 +8,7 @@ from typing import get_type_hints
 
 import msgspec
 
+from gateway.core.tools.formats import FORMATS
 from gateway.errors import SettingsError
 
 _PREFIX = "SPOTSERVE_GATEWAY_"
@@ -42,6 +43,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_s: float = 0.0
     """Send an SSE comment after this silence; 0: never (some clients cannot read them)."""
 
+    tool_format: str = "auto"
+    """How the model writes tool calls: hermes, llama3_json, mistral; auto: as its chat template tells."""
+    reasoning: str = "auto"
+    """think: text in <think> tags is reasoning; none: it is content; auto: think if the chat template has the tag."""
+
     def __post_init__(self) -> None:
         for name in ("model", "gateway_id"):
             if not _SUBJECT_TOKEN.fullmatch(getattr(self, name)):
@@ -50,6 +56,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise SettingsError(_PREFIX + "MODEL_DIR", "is required")
         if not 0 <= self.port <= 65535:
             raise SettingsError(_PREFIX + "PORT", f"must be 0 to 65535, not {self.port}")
+        for name, known in (("tool_format", ("auto", *FORMATS)), ("reasoning", ("auto", "think", "none"))):
+            if getattr(self, name) not in known:
+                raise SettingsError(_PREFIX + name.upper(), f"must be one of {', '.join(known)}")
         for name in ("max_queue", "request_timeout_s", "queue_timeout_s", "no_pipeline_timeout_s"):
             if getattr(self, name) <= 0:
                 raise SettingsError(_PREFIX + name.upper(), "must be greater than 0")

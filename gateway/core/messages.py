@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gateway.core.tools.definitions import arguments_value
+from gateway.core.tools.formats import ToolFormat
 from gateway.errors import bad_request
-from gateway.openai import ChatMessage
+from gateway.openai import ChatMessage, ToolCall
 
 
 def template_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
@@ -28,16 +31,52 @@ def prompts_of(prompt: str | list[Any], vocab_size: int) -> list[str | list[int]
     raise bad_request("prompt must be a string, a list of strings, of ids, or of lists of ids", "prompt")
 
 
+def without_tools(
+    messages: Sequence[Mapping[str, Any]], form: ToolFormat, tools: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """The same conversation for a template that does not know tools: all of them as plain text."""
+    plain = [_plain_message(message, form) for message in messages]
+    if not tools:
+        return plain
+    preamble = form.preamble(tools)
+    if plain[0]["role"] == "system":
+        return [{**plain[0], "content": f"{plain[0]['content']}\n\n{preamble}"}, *plain[1:]]
+    return [{"role": "system", "content": preamble}, *plain]
+
+
+def _plain_message(message: Mapping[str, Any], form: ToolFormat) -> dict[str, Any]:
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+    calls = message.get("tool_calls")
+    if not calls:
+        return dict(message)
+    text = form.render_calls([call["function"] for call in calls])
+    return {"role": message["role"], "content": f"{message['content']}\n{text}".lstrip()}
+
+
 def _template_message(message: ChatMessage, at: str) -> dict[str, Any]:
-    if message.role == "tool" or message.tool_calls:
-        raise bad_request("tool calls are not served", f"{at}.tool_calls" if message.tool_calls else f"{at}.role")
-    if message.content is None:
-        raise bad_request(f"{at}.content is required", f"{at}.content")
     content = message.content
-    text = content if isinstance(content, str) else _joined_parts(content, f"{at}.content")
+    if content is None and not message.tool_calls:
+        raise bad_request(f"{at}.content is required", f"{at}.content")
+    if message.tool_calls and message.role != "assistant":
+        raise bad_request(f"{at}.tool_calls: only the assistant calls tools", f"{at}.tool_calls")
+    if message.role == "tool" and message.tool_call_id is None:
+        raise bad_request(f"{at}.tool_call_id is required", f"{at}.tool_call_id")
+    text = _joined_parts(content, f"{at}.content") if isinstance(content, list) else content or ""
+    given: dict[str, Any] = {
+        "name": message.name,
+        "tool_call_id": message.tool_call_id,
+        "reasoning_content": message.reasoning_content,
+    }
+    if message.tool_calls:
+        given["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     role = "system" if message.role == "developer" else message.role
-    named = {"name": message.name} if message.name is not None else {}
-    return {"role": role, "content": text, **named}
+    return {"role": role, "content": text, **{key: value for key, value in given.items() if value is not None}}
+
+
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    arguments = arguments_value(call.function.arguments)
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
 def _joined_parts(parts: list[dict[str, Any]], at: str) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 from litestar import Request, post
 from litestar.types import ASGIApp
 
-from gateway.core.messages import prompts_of, template_messages
+from gateway.core.messages import prompts_of, template_messages, without_tools
+from gateway.core.tools.definitions import tool_use
 from gateway.errors import TemplateRefused, bad_request
 from gateway.openai import ChatBody, ChatMessage, CompletionBody, GenerationBody, parse
 from gateway.routes.replies import ClientGone, JsonReply, NoReply, StreamReply, json_body, unless_gone
@@ -27,8 +28,10 @@ async def chat_completions(request: Request[Any, Any, Any]) -> ASGIApp:
     data = await json_body(request)
     body = parse(data, ChatBody)
     front.check_model(body.model)
+    tools = tool_use(body)
     prompt = await _maybe_in_thread(data, _chat_prompt, front, body)
-    answer = front.start(CHAT, body, [prompt], request.headers)
+    shape = await front.structure.shape(body, tools, prompt.text)
+    answer = front.start(CHAT, body, [prompt], request.headers, grammar=shape.grammar, parser=shape.parser)
     return await _reply(request, front, body, answer)
 
 
@@ -40,7 +43,8 @@ async def completions(request: Request[Any, Any, Any]) -> ASGIApp:
     body = parse(data, CompletionBody)
     front.check_model(body.model)
     prompts = await _maybe_in_thread(data, _completion_prompts, front, body)
-    answer = front.start(COMPLETION, body, prompts, request.headers)
+    shape = await front.structure.shape(body, None, "")
+    answer = front.start(COMPLETION, body, prompts, request.headers, grammar=shape.grammar)
     return await _reply(request, front, body, answer)
 
 
@@ -89,8 +93,11 @@ def chat_prompt(
     variables: Mapping[str, Any] | None,
 ) -> Prompt:
     """The rendered messages; the template writes the special tokens itself. Raises ApiError (400)."""
+    rendered = template_messages(messages)
+    if not front.tokenizer.knows_tools:
+        rendered, tools = without_tools(rendered, front.structure.tool_format, tools), None
     try:
-        text = front.tokenizer.render_chat(template_messages(messages), tools=tools, variables=variables)
+        text = front.tokenizer.render_chat(rendered, tools=tools, variables=variables)
     except TemplateRefused as error:
         raise bad_request(f"The chat template refuses the messages: {error}"[:500], "messages") from error
     return Prompt(front.tokenizer.encode(text, add_special_tokens=False), text)

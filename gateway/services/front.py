@@ -17,9 +17,10 @@ from gateway.core.parsing import OutputParser
 from gateway.core.response_format import ChatFormat, CompletionFormat, Extras, Header
 from gateway.core.sampling import ModelLimits, sampling_params
 from gateway.errors import bad_request, model_not_found
-from gateway.openai import MAX_CHOICES, ChatBody, CompletionBody
+from gateway.openai import MAX_CHOICES, ChatBody, CompletionBody, GenerationBody
 from gateway.services.answer import Answer
 from gateway.services.dispatcher import ChoiceSpec, Dispatcher
+from gateway.services.structure import Structure
 from gateway.services.tokenizer import TextTokenizer
 from gateway.settings import Settings
 from gateway.telemetry import RequestTrace
@@ -57,6 +58,7 @@ class Front:
         self.dispatcher = dispatcher
         self._tracer = tracer
         self.model_name = settings.served_model_name or Path(settings.model_dir).resolve().name
+        self.structure = Structure.of(tokenizer, Path(settings.model_dir), settings.tool_format, settings.reasoning)
         self.started_s = int(time.time())
         self.fingerprint = _fingerprint(self.model_name, Path(settings.model_dir))
 
@@ -117,15 +119,7 @@ class Front:
         except Exception as error:
             trace.end(prompt_tokens=num_prompt_tokens, completion_tokens=0, error=str(error))
             raise
-        folds = [
-            ChoiceFold(
-                self.tokenizer,
-                body.stops,
-                include_stop=bool(body.include_stop_str_in_output),
-                parser=parser(response_id, index),
-            )
-            for index in range(len(specs))
-        ]
+        folds = [self._fold(body, parser(response_id, index)) for index in range(len(specs))]
         answered = [prompt for prompt in prompts for _ in range(body.num_samples)]
         response_format = endpoint.format_class(
             Header(
@@ -155,6 +149,11 @@ class Front:
             num_drawn=num_drawn,
             num_kept=body.num_samples,
         )
+
+    def _fold(self, body: GenerationBody, parser: OutputParser | None) -> ChoiceFold:
+        shown = parser.visible_special_tokens if parser is not None else frozenset()
+        include_stop = bool(body.include_stop_str_in_output)
+        return ChoiceFold(self.tokenizer.showing(shown), body.stops, include_stop=include_stop, parser=parser)
 
 
 def _fingerprint(model_name: str, model_dir: Path) -> str:

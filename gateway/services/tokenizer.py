@@ -14,6 +14,7 @@ import jinja2.ext
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from gateway.core.fold import Detokenizer
 from gateway.errors import ModelDirectoryError, TemplateRefused
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -40,11 +41,28 @@ class TextTokenizer:
         self.max_model_len: int | None = config.get("max_position_embeddings")
         self._template_variables = _special_tokens(tokenizer_config)
         self.eos_token_ids = self._find_eos_ids(config, generation_config)
-        self._template = _load_template(model_dir, tokenizer_config)
+        self.template_source = _template_source(model_dir, tokenizer_config)
+        """The chat template; None if there is none."""
+        self._template = _load_template(model_dir, self.template_source)
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the chat template writes tools into the prompt."""
+        return self.template_source is not None and re.search(r"\btools\b", self.template_source) is not None
+
+    def special_id(self, text: str) -> int | None:
+        """Id of the special token that is written so; None if there is none."""
+        token_id = self._tokenizer.token_to_id(text)
+        return token_id if token_id in self._special_ids else None
+
+    def showing(self, special_tokens: frozenset[str]) -> Detokenizer:
+        """A detokenizer that shows these special tokens as text."""
+        shown = frozenset(i for i in self._special_ids if self._added_texts[i] in special_tokens)
+        return _Showing(self, self._tokenizer, self._special_ids - shown) if shown else self
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`, with what the tokenizer adds by itself (such as BOS) if asked for."""
@@ -123,6 +141,24 @@ class TextTokenizer:
         return sorted(i for i in ids if isinstance(i, int))
 
 
+class _Showing:
+    """A tokenizer's `Detokenizer` in which only `hidden` special tokens are left out."""
+
+    def __init__(self, whole: TextTokenizer, tokenizer: Tokenizer, hidden: frozenset[int]) -> None:
+        self._whole, self._tokenizer, self._hidden = whole, tokenizer, hidden
+
+    def decode(self, ids: Sequence[int]) -> str:
+        shown = [token_id for token_id in ids if token_id not in self._hidden]
+        text: str = self._tokenizer.decode(shown, skip_special_tokens=False)
+        return text
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._hidden
+
+    def is_byte(self, token_id: int) -> bool:
+        return self._whole.is_byte(token_id)
+
+
 def _bytes_of_chars() -> dict[str, int]:
     """The characters by which byte-level tokenizers (GPT-2's and its heirs) write bytes.
 
@@ -169,7 +205,7 @@ def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _load_template(model_dir: Path, tokenizer_config: dict[str, Any]) -> jinja2.Template | None:
+def _template_source(model_dir: Path, tokenizer_config: dict[str, Any]) -> str | None:
     path = model_dir / "chat_template.jinja"
     source = tokenizer_config.get("chat_template")
     if isinstance(source, list):
@@ -177,7 +213,11 @@ def _load_template(model_dir: Path, tokenizer_config: dict[str, Any]) -> jinja2.
         source = named.get("default")
     if path.is_file():
         source = path.read_text(encoding="utf-8")
-    if not isinstance(source, str):
+    return source if isinstance(source, str) else None
+
+
+def _load_template(model_dir: Path, source: str | None) -> jinja2.Template | None:
+    if source is None:
         return None
     try:
         return _template_environment().from_string(source)

@@ -57,7 +57,7 @@ from planner.protocol import (
     Stage,
 )
 
-MAX_MODEL_LEN = 256
+MAX_MODEL_LEN = 1024
 EOS = "<|end|>"
 TEMPLATE = (
     "{% for message in messages %}"
@@ -214,6 +214,8 @@ class FakePipeline:
         self.refuse_with: list[RejectReason] = []
         self.ready, self.draining, self.silent = True, False, False
         self.eos_at: int | None = None
+        self.script: list[int] | None = None
+        """Say this, then end."""
         self._entries: dict[str, TokenEntry] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -317,6 +319,8 @@ class FakePipeline:
             token = next_token(request.prompt_ids + ids, sampling.seed, request.choice)
             if self.eos_at == len(ids) and not sampling.ignore_eos:
                 token = sampling.eos_token_ids[0]
+            if self.script is not None:
+                token = [*self.script, sampling.eos_token_ids[0]][len(ids)]
             ids.append(token)
             finish = FinishReason.LENGTH if len(ids) == sampling.max_tokens else None
             if token in sampling.eos_token_ids + sampling.stop_token_ids:

@@ -201,12 +201,12 @@ async def test_request_id_is_echoed(stack):
 async def test_context_length(stack):
     prompt = list(range(10, 210))
     with pytest.raises(openai.BadRequestError) as caught:
-        await stack.sdk.completions.create(model="tiny-chat", prompt=prompt, max_tokens=100)
+        await stack.sdk.completions.create(model="tiny-chat", prompt=prompt, max_tokens=900)
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
-    assert "256" in caught.value.message
+    assert "1024" in caught.value.message
     with pytest.raises(openai.BadRequestError) as caught:
         await stack.sdk.chat.completions.create(
-            model="tiny-chat", messages=[{"role": "user", "content": "\u0416" * 400}], stream=True
+            model="tiny-chat", messages=[{"role": "user", "content": "\u0416" * 600}], stream=True
         )
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
 
@@ -225,7 +225,7 @@ async def test_engine_refusals_are_client_errors(stack):
 async def test_models_and_health(stack):
     models = (await stack.http.get("/v1/models")).json()
     assert models["object"] == "list"
-    assert models["data"][0]["max_model_len"] == 256
+    assert models["data"][0]["max_model_len"] == 1024
     assert (await stack.http.get("/health")).status_code == 200
     stack.engine.pipelines["p0"].ready = False
     async with asyncio.timeout(5):
@@ -325,7 +325,7 @@ async def test_prompt_logprobs(stack):
 async def test_tokenize_and_back(stack, tokenizer):
     reply = (await stack.http.post("/tokenize", json={"prompt": "hello world", "return_token_strs": True})).json()
     assert reply["count"] == len(reply["tokens"]) == len(reply["token_strs"])
-    assert reply["max_model_len"] == 256
+    assert reply["max_model_len"] == 1024
     back = (await stack.http.post("/detokenize", json={"model": "tiny-chat", "tokens": reply["tokens"]})).json()
     assert back == {"prompt": "hello world"}
     chat = await stack.sdk.chat.completions.create(model="tiny-chat", messages=HELLO, max_tokens=1)
