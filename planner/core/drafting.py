@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -13,7 +13,7 @@ from planner.core.device_mapper import Position, SlotShape, map_devices, positio
 from planner.core.fleet import Rank
 from planner.core.hysteresis import Move
 from planner.core.layout import Layout, Shape
-from planner.core.migration_planner import Migration, plan_migration
+from planner.core.migration_planner import Migration, kv_migration_s, plan_migration
 from planner.core.retirement import retiring_pipelines
 from planner.core.situation import Situation, number_of, shape_of
 from planner.protocol import Pipeline, Retiring, Shard, Stage
@@ -58,6 +58,17 @@ def draft(situation: Situation, fit: Fit, layout: Layout) -> Draft:
     shapes = layout.missing_from(Layout.of(shape_of(pipeline) for pipeline in kept)).shapes()
     new = _new_pipelines(situation, fit.costs, pool, shapes, retiring)
     return finish_draft(situation, kept, new, retiring, fit)
+
+
+def pauses(situation: Situation, fit: Fit, layouts: Iterable[Layout]) -> dict[Layout, float]:
+    """How long the pipelines that each of `layouts` stops would stand still, as `draft` says in `Draft.move`."""
+    links = situation.find_links()
+    kv_s = {p.id: kv_migration_s(situation.model, p, situation.ranks, links) for p in fit.present}
+    found = {}
+    for layout in layouts:
+        kept = {pipeline.id for pipeline in _kept(fit, layout)}
+        found[layout] = max((kv_s[p.id] for p in fit.present if p.id not in kept), default=0.0)
+    return found
 
 
 def finish_draft(

@@ -36,8 +36,10 @@ def _check_coverage(pipeline: Pipeline, plan: Plan) -> None:
         groups = [g for shard in stage.shards for g in range(shard.first_group, shard.last_group + 1)]
         assert groups == list(range(model.num_head_groups)), f"{pipeline.id} has head groups {groups}"
         for shard in stage.shards:
+            if shard.rank not in plan.transfers:
+                continue
             needed = needed_units(model, stage, shard)
-            pulled = [unit for transfer in plan.transfers.get(shard.rank, []) for unit in transfer.units.units()]
+            pulled = [unit for transfer in plan.transfers[shard.rank] for unit in transfer.units.units()]
             assert len(pulled) == len(set(pulled)), f"{shard.rank} pulls a unit twice"
             assert needed.issuperset(pulled), f"{shard.rank} pulls units that it does not need"
     assert pipeline.max_batch > 0, f"{pipeline.id} has max_batch {pipeline.max_batch}"
@@ -58,6 +60,10 @@ def _check_succession(plan: Plan, previous: Plan) -> None:
     assert plan.epoch > previous.epoch, f"epoch {plan.epoch} after {previous.epoch}"
     assert plan.next_pipeline_number >= previous.next_pipeline_number, "pipeline numbers go back"
     known = {p.id: p for p in [*previous.pipelines, *(r.pipeline for r in previous.retiring)]}
+    ending = [r.pipeline.id for r in plan.retiring if not r.broken]
+    handed_on = [name for p in plan.pipelines if p.id not in known for name in p.inherits]
+    assert len(handed_on) == len(set(handed_on)), f"a pipeline has two heirs: {handed_on}"
+    assert set(ending).issuperset(handed_on), f"what does not end is handed on: {set(handed_on) - set(ending)}"
     for pipeline in plan.pipelines:
         if pipeline.id in known:
             assert pipeline == known[pipeline.id], f"{pipeline.id} has changed"

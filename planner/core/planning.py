@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from planner.core.config_optimizer import Objective, Supply, alternatives, choose_layout
-from planner.core.drafting import Draft, Fit, draft, finish_draft
+from planner.core.drafting import Draft, Fit, draft, finish_draft, pauses
 from planner.core.fleet import Rank
 from planner.core.hysteresis import FREE, Move, is_worth
 from planner.core.layout import Layout, Score
@@ -191,7 +191,9 @@ def _notes(situation: Situation, decision: Decision) -> list[str]:
         notes.append(f"excluded after failing to prepare: {', '.join(sorted(situation.excluded_ranks))}")
     heirless = {r.pipeline.id for r in chosen.retiring if not r.broken} - {i for p in chosen.new for i in p.inherits}
     if heirless:
-        notes.append(f"sequences of {_names(sorted(heirless))} go back to the queue with their log: no new pipeline has room")
+        notes.append(
+            f"sequences of {_names(sorted(heirless))} go back to the queue with their log: no new pipeline has room"
+        )
     noticed = situation.deadlines(chosen.pipelines)
     if noticed and decision.score is not None and situation.reviews_notices:
         notes.append(f"serve until shortly before their end: {_names(sorted(noticed))}")
@@ -211,21 +213,21 @@ def _alternatives(situation: Situation, decision: Decision) -> list[Alternative]
     fit = decision.fit
     usd_per_instance_h = situation.usd_per_rank_h * fit.supply.num_ranks_per_instance
     listed = alternatives(fit.costs, fit.choice, decision.score, decision.why, fit.supply, usd_per_instance_h)
-    drafts = dict(decision.drafts)
+    weighed = [a for a in listed if a.config.max_batch > 0]
+    moved_bytes = {layout: drafted.move.bytes_moved for layout, drafted in decision.drafts.items()}
     if len(fit.pool) <= MAX_DRAFTED_RANKS:
-        for alternative in [a for a in listed if a.config.max_batch > 0][: NUM_DRAFTED + 1]:
-            layout = _layout_of(alternative)
-            if layout not in drafts:
-                drafts[layout] = draft(situation, fit, layout)
-    return [_with_move(alternative, drafts.get(_layout_of(alternative))) for alternative in listed]
-
-
-def _with_move(alternative: Alternative, drafted: Draft | None) -> Alternative:
-    if drafted is None:
-        return alternative
-    return msgspec.structs.replace(
-        alternative, bytes_moved=drafted.move.bytes_moved, pause_s=round(drafted.move.pause_s, 3)
-    )
+        for layout in [_layout_of(a) for a in weighed[: NUM_DRAFTED + 1]]:
+            if layout not in moved_bytes:
+                moved_bytes[layout] = draft(situation, fit, layout).move.bytes_moved
+    pause_s = pauses(situation, fit, [_layout_of(a) for a in weighed])
+    return [
+        msgspec.structs.replace(
+            alternative,
+            bytes_moved=moved_bytes.get(_layout_of(alternative)),
+            pause_s=round(pause_s[_layout_of(alternative)], 3) if _layout_of(alternative) in pause_s else None,
+        )
+        for alternative in listed
+    ]
 
 
 def _layout_of(alternative: Alternative) -> Layout:

@@ -9,6 +9,7 @@ from planner.core.config_optimizer import Objective, Targets
 from planner.core.cost_model import Workload
 from planner.core.invariants import check_plan
 from planner.core.planning import Situation, make_plan
+from planner.errors import PlanInvariantError
 from planner.protocol import UnitRange
 
 NOW_S = 1000.0
@@ -122,6 +123,7 @@ def test_a_change_waits_for_calm(make_situation, sharding):
     assert chosen.pause_s > 0
     assert rejected[0].bytes_moved == 0, "nothing moves if all stays"
     assert rejected[0].pause_s == 0
+    assert all(a.pause_s == chosen.pause_s for a in rejected[1:]), "all others stop all pipelines"
 
 
 def test_ranks_stay_idle_where_a_slow_pipeline_would_not_help(make_situation, make_model, sharding):
@@ -229,3 +231,18 @@ def test_every_plan_holds_what_plans_promise(
         if situation.last is not None and not plan.pipelines:
             assert not any(situation.is_intact(p) for p in situation.last.pipelines)
         situation = serve(situation, plan, kv_tokens=100)
+
+
+def test_a_plan_that_hands_a_pipeline_on_twice_or_too_early_is_refused(make_situation):
+    situation = make_situation(4, memory_mb=500)
+    serving = serve(situation, make_plan(situation, NOW_S))
+    lost = change(serving, ranks={name: rank for name, rank in serving.ranks.items() if name != "i3-0"})
+    plan = make_plan(change(lost, targets=Targets(pipeline=3)), NOW_S)
+    (ended,) = (r.pipeline.id for r in plan.retiring if not r.broken)
+    assert plan.pipelines[0].inherits == [ended]
+    check_plan(plan, serving.last)
+    for inherits in ([ended, ended], ["p99"]):
+        heir = msgspec.structs.replace(plan.pipelines[0], inherits=inherits)
+        wrong = msgspec.structs.replace(plan, pipelines=[heir, *plan.pipelines[1:]])
+        with pytest.raises(PlanInvariantError, match=r"heirs|handed on"):
+            check_plan(wrong, serving.last)
