@@ -37,6 +37,7 @@ from planner.core.effects import (
 from planner.core.fleet import OUTLIVED_S, Fleet, Sign
 from planner.core.intake import check_inventory, check_load, check_notice
 from planner.core.invariants import check_plan
+from planner.core.links import Links
 from planner.core.load import Load
 from planner.core.planning import Situation, make_plan, retirement_kv_s
 from planner.core.profile import Profile
@@ -84,14 +85,16 @@ class PlannerState:
         prepare_timeout_s: float = PREPARE_TIMEOUT_S,
         is_advisory: bool = False,
         profile: Profile | None = None,
+        links: Links | None = None,
         limits: CapacityLimits | None = None,
     ) -> None:
         """`prepare_timeout_s`: a rank whose preparation stands still for so long, beyond what its transfers should
         take, hangs. `is_advisory`: only what keeps the fleet serving is carried out, the rest is advice.
-        `profile`: None: what the instances have measured. `limits`: None: the fleet is taken as it comes.
+        `profile`, `links`: None: what the instances have measured. `limits`: None: the fleet is taken as it comes.
         """
         self.targets = targets
         self._given_profile = profile
+        self._given_links = links
         self.fleet = Fleet()
         self.plan: Plan | None = None
         self.model: ModelShape | None = None
@@ -430,6 +433,7 @@ class PlannerState:
         return Situation(
             model=model,
             profile=self._profile(),
+            links=self._given_links,
             ranks=ranks,
             targets=self.targets,
             workload=self._load.workload(model.max_model_len, now_s),

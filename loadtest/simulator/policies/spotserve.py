@@ -146,8 +146,7 @@ class Fleet:
         self.clock = Clock(START_S)
         self.service = Service(self.clock, scenario.requests, scenario.model.max_model_len)
         self.ledger = Ledger(self.clock, scenario)
-        profile = msgspec.structs.replace(scenario.profile, transfer_bytes_per_s=scenario.links.inter_bytes_per_s)
-        self.planner = PlannerState(_targets(scenario, options), profile=profile)
+        self.planner = PlannerState(_targets(scenario, options), profile=scenario.profile, links=scenario.links)
         self._on_progress = on_progress
         self._network = Network(scenario.links)
         self._instances: dict[str, _Instance] = {}
