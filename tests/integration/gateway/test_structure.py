@@ -1,6 +1,7 @@
 """Structured output, tool calls and reasoning with the official SDK; what the engine says is scripted."""
 
 import json
+from typing import Any
 
 import pydantic
 import pytest
@@ -120,8 +121,12 @@ async def test_interrupted_answers_are_the_same(stack, tokenizer, kind):
     """Calls and reasoning are read from the token log, wherever the pipeline was preempted."""
     texts = {"tools": f"Wait. {CALL}\n{CALL}", "json": '{"name": "Al", "age": 3}', "free": "a b c d e f g"}
     pipeline = say(stack, tokenizer, texts[kind])
-    fields = {"tools": {"tools": [WEATHER]}, "json": {"response_format": {"type": "json_object"}}, "free": {}}[kind]
-    arguments = {"model": "tiny-chat", "messages": HELLO, "logprobs": True, "seed": 1, **fields}
+    by_kind: dict[str, dict[str, Any]] = {
+        "tools": {"tools": [WEATHER]},
+        "json": {"response_format": {"type": "json_object"}},
+        "free": {},
+    }
+    arguments = {"model": "tiny-chat", "messages": HELLO, "logprobs": True, "seed": 1, **by_kind[kind]}
     whole = (await stack.sdk.chat.completions.create(**arguments)).choices[0]
     other = await stack.engine.add("p1")
     other.script = pipeline.script

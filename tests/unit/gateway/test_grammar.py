@@ -31,6 +31,24 @@ def body(**fields):
     return openai.decode(json.dumps(data).encode(), ChatBody)
 
 
+def grammar_of(**fields):
+    found = body_grammar(body(**fields))
+    assert found is not None
+    return found
+
+
+def use_of(**fields):
+    found = tool_use(body(**fields))
+    assert found is not None
+    return found
+
+
+def choice_of(*args):
+    found = either(*args)
+    assert found is not None
+    return found.text
+
+
 def accepts(tokenizer, grammar, text):
     matcher = LLMatcher(tokenizer, grammar, log_level=0)
     assert not matcher.is_error(), matcher.get_error()
@@ -80,7 +98,7 @@ def schema_format(schema, **fields):
     ],
 )
 def test_grammars(tokenizer, fields, good, bad):
-    grammar = body_grammar(body(**fields))
+    grammar = grammar_of(**fields)
     assert grammar.param == next(iter(fields))
     for text in good:
         assert accepts(tokenizer, grammar.text, text), text
@@ -120,20 +138,20 @@ def test_bad_wishes_are_named(fields, param):
 
 def test_keywords_that_cannot_be_enforced(tokenizer):
     unique = {"type": "object", "properties": {"l": {"type": "array", "uniqueItems": True}}}
-    strict = body_grammar(body(response_format=schema_format(unique, strict=True)))
+    strict = grammar_of(response_format=schema_format(unique, strict=True))
     assert "uniqueItems" in LLMatcher(tokenizer, strict.text, log_level=0).get_error()
-    lenient = body_grammar(body(response_format=schema_format(unique)))
+    lenient = grammar_of(response_format=schema_format(unique))
     assert accepts(tokenizer, lenient.text, '{"l": [1, 1]}')
 
 
 def test_content_or_calls(tokenizer):
     tools = [{"type": "function", "function": {"name": "time"}}]
-    use = tool_use(body(tools=tools))
-    content = body_grammar(body(response_format=schema_format(PERSON)))
-    grammar = either(use, HERMES, literal, content)
-    assert accepts(tokenizer, grammar.text, '{"name": "Al", "age": 1}')
-    assert accepts(tokenizer, grammar.text, HERMES.render_calls([{"name": "time", "arguments": {}}]))
-    assert not accepts(tokenizer, grammar.text, "words")
+    use = use_of(tools=tools)
+    content = grammar_of(response_format=schema_format(PERSON))
+    grammar = choice_of(use, HERMES, literal, content)
+    assert accepts(tokenizer, grammar, '{"name": "Al", "age": 1}')
+    assert accepts(tokenizer, grammar, HERMES.render_calls([{"name": "time", "arguments": {}}]))
+    assert not accepts(tokenizer, grammar, "words")
     assert either(use, HERMES, literal, None) is None
-    must = tool_use(body(tools=tools, tool_choice="required"))
-    assert not accepts(tokenizer, either(must, HERMES, literal, content).text, '{"name": "Al", "age": 1}')
+    must = use_of(tools=tools, tool_choice="required")
+    assert not accepts(tokenizer, choice_of(must, HERMES, literal, content), '{"name": "Al", "age": 1}')

@@ -45,7 +45,7 @@ def make_parser(form, **fields):
 def run(parser, pieces):
     """(content, [(name, arguments)], number of ids) of a text in pieces."""
     parsed = [parser.push(piece) for piece in pieces] + [parser.finish()]
-    calls = {}
+    calls: dict[int, list[str]] = {}
     ids = set()
     for delta in (delta for part in parsed for delta in part.tool_calls):
         if delta.id is not None:
