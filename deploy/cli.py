@@ -228,6 +228,20 @@ def _print_answer(conversation: Conversation, text: str) -> None:
     print()
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    epilog=_example(
+        "spotserve simulate what-if --model llama-3.1-8b --device L4",
+        "spotserve simulate run --help",
+    ),
+)
+def simulate(context: typer.Context) -> None:
+    """What would a model cost on spot capacity, and how would it behave? Nothing is rented or started."""
+    # A program of its own, in this process's place: exit status, Ctrl-C and terminal are its own.
+    os.execv(sys.executable, [sys.executable, "-m", "loadtest", "simulate", *context.args])  # noqa: S606  no shell is wanted
+
+
 @model_app.command(epilog=_example("spotserve model fetch", "spotserve model fetch Qwen/Qwen2.5-0.5B-Instruct"))
 def fetch(
     model: Annotated[str, typer.Argument(help="The default model, a hub id, or a directory to check.")] = DEFAULT_MODEL,

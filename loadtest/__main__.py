@@ -15,6 +15,7 @@ from loadtest import decision_bench, memory_bench, pause_bench, startup_bench
 from loadtest.errors import BenchError
 from loadtest.pause_bench import PauseOptions
 from loadtest.report import Machine, Report, write_json
+from loadtest.simulator import command
 
 STAGES: Final = 3
 EXIT_ERROR: Final = 1
@@ -26,6 +27,8 @@ app = typer.Typer(
     help="Speed and pause figures of this machine, beside their targets. Without a command: all of them, "
     "which takes about a quarter of an hour. Close other programs first.",
 )
+
+app.add_typer(command.app, name="simulate")
 
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write all figures and the command to this file.")]
 ModelOption = Annotated[str | None, typer.Option(help="As of `spotserve up`: a directory or hub id.")]

@@ -46,6 +46,7 @@ th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid #e4e4e4;
 th { color: #444; font-weight: 600; border-bottom: 2px solid #bbb; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
 td:last-child { white-space: normal; }
+table.words td, table.words th { text-align: left; white-space: normal; }
 tbody tr:hover { background: #f7f7f7; }
 code { display: block; font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; background: #f5f5f5;
   border: 1px solid #e2e2e2; border-radius: 4px; padding: 8px 12px; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -113,7 +114,12 @@ def _table(table: Table) -> str:
     head = "".join(f"<th>{_text(column)}</th>" for column in table.columns)
     rows = "\n".join(_row(row) for row in table.rows)
     title = f"<h3>{_text(table.title)}</h3>" if table.title else ""
-    return f'{title}<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+    # Figures stand to the right; a table without a title of its own is one of words.
+    kind = "" if table.title else ' class="words"'
+    return (
+        f'{title}<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{rows}\n</tbody></table></div>"
+    )
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from loadtest.simulator.inputs import read_rates, read_requests, read_trace
 from loadtest.simulator.models import KV_BLOCK_TOKENS, Model, decoder_shape, read_model
 from loadtest.simulator.prices import SOURCE, list_prices
 from loadtest.simulator.scenario import CapacityTrace, Prices, Request, Scenario
-from loadtest.simulator.what_if import describe_gib, sensible_arrivals_per_s, weights_bytes
+from loadtest.simulator.what_if import Fit, check_fit, describe_gib, sensible_arrivals_per_s, weights_bytes
 from planner.core.cost_model import CostModel, Workload
 from planner.core.devices import DEVICES, Device
 from planner.core.links import Links
@@ -67,6 +67,7 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True):
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
     scenario: Scenario
+    fit: Fit
     facts: list[Fact]
 
 
@@ -82,6 +83,7 @@ def build(options: Options) -> Setup:
     memory_bytes = int(options.memory_gib * 2**30 if options.memory_gib else device.memory_bytes * USABLE_MEMORY)
     workload = Workload(prompt_tokens=mean_prompt, output_tokens=mean_output)
     costs = CostModel(shape, profile, memory_bytes, workload, options.max_batch)
+    fit = check_fit(costs, trace, ranks_per_instance)
     arrivals = options.arrivals or f"poisson:{sensible_arrivals_per_s(costs, trace, ranks_per_instance):g}"
     prices = prices_of(options.prices, device.instance_type)
     links = Links(
@@ -100,13 +102,15 @@ def build(options: Options) -> Setup:
         memory_bytes=memory_bytes,
         links=links,
         prices=prices,
+        required_per_s=len(requests) / trace.end_s,
+        min_ranks=fit.num_ranks,
         max_batch=options.max_batch,
         notice_s=options.notice_s,
         acquisition_s=options.acquisition_s,
         seed=options.seed,
         drain_s=options.drain_s,
     )
-    return Setup(scenario=scenario, facts=_facts(options, scenario, arrivals, dtype, device))
+    return Setup(scenario=scenario, fit=fit, facts=_facts(options, scenario, arrivals, dtype, device))
 
 
 def device_of(name: str) -> Device:

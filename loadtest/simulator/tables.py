@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 from loadtest.report import Table
 from loadtest.simulator.charts import describe_shapes
@@ -11,6 +12,21 @@ from loadtest.simulator.metrics import Percentiles, Summary
 from loadtest.simulator.result import Result
 from loadtest.simulator.setup import Fact
 from loadtest.simulator.what_if import FleetRow
+
+DESCRIPTIONS: Final = {
+    "spotserve": "the planner of this project: continuous batching, only touched pipelines stop, unequal pipelines",
+    "spotserve-paper": "SpotServe as published: static batches, equal pipelines, all of them stop at each change",
+    "reparallelization": "the paper's first baseline: as above, but restarts and loads weights at each change",
+    "rerouting": "the paper's second baseline: one shape for good, pipelines come and go whole",
+    "rerouting-strong": "the same with continuous batching and the best shape for the smallest fleet",
+    "replicas": "whole replicas on spot with on-demand fallback, as SkyServe does",
+    "on-demand": "as many on-demand instances, all the time, as the trace has at most",
+}
+
+
+def policies_table(names: Sequence[str]) -> Table:
+    """One line on each."""
+    return Table("", ["policy", "what it does"], [[name, DESCRIPTIONS.get(name, "")] for name in names])
 
 
 def requests_table(summaries: Sequence[Summary]) -> Table:

@@ -67,7 +67,7 @@ def _fates(summary: Summary, num: int) -> str:
 
 def _of_changes(summary: Summary) -> str:
     if not summary.num_pauses:
-        return "No change of the fleet interrupted a request."
+        return "No change of the fleet interrupted a running request."
     return (
         f"{_many(summary.num_pauses, 'change')} of the fleet interrupted requests, for {summary.mean_pause_s:.1f} s on "
         f"average and {summary.longest_pause_s:.1f} s at most; {summary.moved_bytes / 1e9:.0f} GB were moved and "
@@ -76,30 +76,37 @@ def _of_changes(summary: Summary) -> str:
 
 
 def _beside(other: Summary, ours: Summary) -> str:
-    parts = [_ratio("is", other.usd_per_token, ours.usd_per_token, "cheaper", "dearer")]
+    parts = [_cost(other.usd_per_token, ours.usd_per_token)]
     if other.latency is not None and ours.latency is not None:
-        parts.append(_ratio("its mean latency is", other.latency.mean, ours.latency.mean, "lower", "higher"))
-        parts.append(_ratio("its P99", other.latency.p99, ours.latency.p99, "lower", "higher"))
+        parts.append(f"mean latency is {_compared(other.latency.mean, ours.latency.mean)}")
+        parts.append(f"P99 is {_compared(other.latency.p99, ours.latency.p99)}")
     missing = other.num_unfinished + other.num_lost
     tail = f"; it leaves {_many(missing, 'request')} undone" if missing else ""
-    return f"Beside {other.policy} ({_price(other)}): {OURS} " + ", ".join(part for part in parts if part) + tail + "."
+    return (
+        f"Beside {other.policy} ({_price(other)}): {OURS}'s "
+        + ", its ".join(part for part in parts if part)
+        + tail
+        + "."
+    )
 
 
-def _ratio(what: str, other: float | None, ours: float | None, less: str, more: str) -> str:
-    """`its P99 40 % lower`."""
-    if not other or ours is None:
-        return ""
-    change = ours / other - 1
+def _cost(other: float | None, ours: float | None) -> str:
+    return "" if other is None or ours is None else f"cost is {_compared(other, ours)}"
+
+
+def _compared(other: float, ours: float) -> str:
+    """`40 % lower`."""
+    change = ours / other - 1 if other else 0.0
     if abs(change) < SAME:
-        return f"{what} the same" if what != "is" else "costs the same"
+        return "the same"
     if change < 0:
-        return f"{what} {-change * 100:.0f} % {less}"
-    return f"{what} {change * 100:.0f} % {more}" if change < 1 else f"{what} {ours / other:.1f} times that"
+        return f"{-change * 100:.0f} % lower"
+    return f"{change * 100:.0f} % higher" if change < 1 else f"{ours / other:.1f} times that"
 
 
 def _price(summary: Summary) -> str:
     if summary.usd_per_token is None:
-        return f"{summary.usd:.2f} USD and nothing to show for it"
+        return f"{summary.usd:.2f} USD, nothing completed"
     return f"{money(summary.usd_per_token * 1e6)} USD per million tokens"
 
 

@@ -1,0 +1,146 @@
+"""Running policies on one scenario, and what is written of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from loadtest.errors import InputError, SimulationError
+from loadtest.simulator import charts
+from loadtest.simulator.metrics import Summary
+from loadtest.simulator.policies import POLICIES
+from loadtest.simulator.policies.base import Policy
+from loadtest.simulator.report import Page, Section
+from loadtest.simulator.result import Result
+from loadtest.simulator.scenario import Scenario
+from loadtest.simulator.setup import Setup
+from loadtest.simulator.tables import costs_table, facts_table, fleet_table, policies_table, requests_table
+from loadtest.simulator.what_if import FleetRow
+
+
+def policies_of(given: str) -> list[Policy]:
+    """Names separated by commas. Raises InputError with the names that are known."""
+    names = [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in POLICIES:
+            raise InputError("--policies", None, None, f"{name!r} is not known; there are {', '.join(POLICIES)}")
+    if len(set(names)) < len(names):
+        raise InputError("--policies", None, None, f"{given!r} names a policy twice")
+    return [POLICIES[name]() for name in names]
+
+
+def run_all(scenario: Scenario, policies: Sequence[Policy]) -> tuple[list[Result], list[str]]:
+    """One after the other, with a bar for each on a terminal (on standard error).
+
+    Returns the results, and a sentence for each policy that cannot run this scenario. Raises SimulationError if none
+    can.
+    """
+    results, failures = [], []
+    columns = TextColumn("{task.description:>18}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        for policy in policies:
+            task = progress.add_task(policy.name, total=scenario.trace.end_s)
+            try:
+                results.append(policy.run(scenario, partial(_advance, progress, task)))
+            except SimulationError as error:
+                failures.append(f"{policy.name} cannot run here: {error}.")
+    if not results:
+        raise SimulationError(" ".join(failures))
+    return results, failures
+
+
+def _advance(progress: Progress, task: TaskID, now_s: float) -> None:
+    progress.update(task, completed=now_s)
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that came out of one command."""
+
+    setup: Setup
+    fleet: list[FleetRow]
+    results: list[Result]
+    summaries: list[Summary]
+    verdict: list[str]
+    command: str
+
+    def as_json(self) -> bytes:
+        """For programs: no clock and no path in it, so that the same command gives the same bytes."""
+        content = {
+            "command": self.command,
+            "scenario": self.setup.scenario.name,
+            "assumptions": self.setup.facts,
+            "verdict": self.verdict,
+            "expected": [_expected(row) for row in self.fleet],
+            "policies": [
+                {
+                    "summary": summary,
+                    "instance_hours_spot": result.instance_hours_spot,
+                    "instance_hours_on_demand": result.instance_hours_on_demand,
+                    "end_s": result.end_s,
+                    "fleet": result.fleet,
+                    "pauses": result.pauses,
+                }
+                for summary, result in zip(self.summaries, self.results, strict=True)
+            ],
+        }
+        return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+
+    def as_page(self) -> Page:
+        """For people."""
+        scenario, results = self.setup.scenario, self.results
+        return Page(
+            title=f"{scenario.name}: {len(scenario.requests)} requests in {scenario.trace.end_s / 60:.0f} minutes",
+            verdict=self.verdict,
+            sections=[
+                Section(
+                    title="Figures",
+                    tables=[requests_table(self.summaries), costs_table(self.summaries, results)],
+                    charts=[charts.latency_curves(results), charts.cost_against_latency(self._cost_points())],
+                ),
+                Section(
+                    title="Over time",
+                    charts=[
+                        charts.fleet_over_time(results, scenario.ranks_per_instance),
+                        charts.configuration_over_time(results),
+                        charts.latency_over_time(results, scenario.trace),
+                        charts.pauses(results),
+                    ],
+                ),
+                Section(title="Before the simulation", tables=[fleet_table(self.fleet)]),
+                Section(title="Policies", tables=[policies_table([result.policy for result in results])]),
+                Section(title="Assumptions", tables=[facts_table(self.setup.facts)]),
+            ],
+            command=self.command,
+        )
+
+    def _cost_points(self) -> list[charts.CostPoint]:
+        return [
+            charts.CostPoint(
+                policy=summary.policy,
+                usd_per_million_tokens=None if summary.usd_per_token is None else summary.usd_per_token * 1e6,
+                mean_s=summary.latency.mean if summary.latency else None,
+                p99_s=summary.latency.p99 if summary.latency else None,
+            )
+            for summary in self.summaries
+        ]
+
+
+def _expected(row: FleetRow) -> dict[str, object]:
+    score = row.score
+    return {
+        "instances": row.num_instances,
+        "share_of_time": row.share,
+        "configuration": charts.describe_shapes(score.layout.shapes()) if score else None,
+        "latency_s": score.latency_s if score and score.latency_s < math.inf else None,
+        "throughput_per_s": score.throughput_per_s if score else 0.0,
+        "usd_per_h": row.usd_per_h,
+        "usd_per_million_tokens": row.usd_per_million_tokens,
+    }
