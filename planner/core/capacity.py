@@ -120,9 +120,18 @@ class FleetCount(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def desired_capacity(
-    costs: CostModel, targets: Targets, num_ranks_per_instance: int, fleet: FleetCount, limits: CapacityLimits
+    costs: CostModel,
+    targets: Targets,
+    num_ranks_per_instance: int,
+    fleet: FleetCount,
+    limits: CapacityLimits,
+    *,
+    peak_per_s: float = 0.0,
 ) -> DesiredCapacity:
-    """What the fleet should have for the workload of `costs`, within `limits`."""
+    """What the fleet should have for the workload of `costs`, within `limits`.
+
+    `peak_per_s`: arrivals that were seen lately; what they need is asked for no more, and not given back yet.
+    """
     arrivals_per_s = costs.workload.arrivals_per_s
     most = limits.max_instances
     needed, layout = _needed_instances(costs, targets, num_ranks_per_instance, most, arrivals_per_s)
@@ -133,7 +142,7 @@ def desired_capacity(
             reason=f"the model does not fit on {most} instances of {num_ranks_per_instance} ranks, the most allowed",
         )
     with_margin, _ = _needed_instances(
-        costs, targets, num_ranks_per_instance, most, arrivals_per_s * (1 + RELEASE_MARGIN)
+        costs, targets, num_ranks_per_instance, most, max(arrivals_per_s * (1 + RELEASE_MARGIN), peak_per_s)
     )
     with_margin = max(needed, with_margin)
     beside = limits.candidate_pool - limits.min_on_demand

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Final
 
 from planner.core.cost_model import Workload
@@ -11,20 +12,28 @@ REPORT_LIFETIME_S: Final = 10.0
 MIN_CHANGE: Final = 0.2
 MIN_INTERVAL_S: Final = 30.0
 """Arrivals are means over 30 s, so two decisions sooner than that would hear the same change twice."""
+PEAK_S: Final = 300.0
+"""Instances are not given back for a lull that is shorter: to get one again takes minutes."""
 
 
 class Load:
     def __init__(self) -> None:
         self._reports: dict[str, tuple[LoadReport, float]] = {}
+        self._peaks: deque[tuple[float, float]] = deque()
+        """(time, arrivals a second), arrivals descending: each was the most from then on."""
         self._decided_per_s = 0.0
         self._decided_at_s = 0.0
 
     def note(self, report: LoadReport, now_s: float) -> None:
         self._reports[report.gateway] = (report, now_s)
+        total_per_s = sum(report.arrivals_per_s for report in self._alive(now_s))
+        while self._peaks and self._peaks[-1][1] <= total_per_s:
+            self._peaks.pop()
+        self._peaks.append((now_s, total_per_s))
 
     def workload(self, max_model_len: int, now_s: float) -> Workload:
         """Of all gateways heard of lately; typical lengths are assumed until requests have been seen."""
-        reports = [report for report, at_s in self._reports.values() if now_s - at_s < REPORT_LIFETIME_S]
+        reports = self._alive(now_s)
         total_per_s = sum(report.arrivals_per_s for report in reports)
         assumed = Workload()
 
@@ -38,6 +47,15 @@ class Load:
             prompt_tokens=min(mean("mean_prompt_tokens", assumed.prompt_tokens), max_model_len / 2),
             output_tokens=min(mean("mean_output_tokens", assumed.output_tokens), max_model_len / 2),
         )
+
+    def peak_per_s(self, now_s: float) -> float:
+        """The most arrivals a second within PEAK_S."""
+        while self._peaks and now_s - self._peaks[0][0] > PEAK_S:
+            self._peaks.popleft()
+        return self._peaks[0][1] if self._peaks else 0.0
+
+    def _alive(self, now_s: float) -> list[LoadReport]:
+        return [report for report, at_s in self._reports.values() if now_s - at_s < REPORT_LIFETIME_S]
 
     def note_decision(self, arrivals_per_s: float, now_s: float) -> None:
         self._decided_per_s, self._decided_at_s = arrivals_per_s, now_s

@@ -30,7 +30,7 @@ PRICES = {"spot_usd_per_h": 2.0, "on_demand_usd_per_h": 4.0}
 
 @pytest.fixture
 def desire(make_model, make_profile):
-    def run(load, fleet=None, *, targets=None, memory_mb=2000, ranks_per_instance=1, **limits):
+    def run(load, fleet=None, *, peak=0.0, targets=None, memory_mb=2000, ranks_per_instance=1, **limits):
         """`load`: arrivals in full single-rank pipelines; an instance is a rank unless told otherwise."""
         one = CostModel(make_model(), make_profile(), 2_000_000_000, Workload(), 16)
         arrivals_per_s = load * one.throughput_per_s(1, 1)
@@ -38,7 +38,14 @@ def desire(make_model, make_profile):
         costs = CostModel(make_model(), make_profile(), memory_mb * 1_000_000, workload, 16)
         # Meeting a loose target with the fewest instances makes the need plain: as many as the load.
         targets = targets or Targets(objective=Objective.SLO, latency_s=1e6, pipeline=1, tensor=1)
-        return desired_capacity(costs, targets, ranks_per_instance, fleet or FleetCount(), CapacityLimits(**limits))
+        return desired_capacity(
+            costs,
+            targets,
+            ranks_per_instance,
+            fleet or FleetCount(),
+            CapacityLimits(**limits),
+            peak_per_s=peak / load * arrivals_per_s if load else 0.0,
+        )
 
     return run
 
@@ -74,6 +81,8 @@ def test_both_markets_are_asked_at_once_and_on_demand_goes_first(desire):
 def test_a_fleet_with_a_margin_stays_as_it_is(desire):
     limits = {"max_spot": 20, "candidate_pool": 2}
     assert [desire(4.0 * 0.99, FleetCount(ready_spot=n), **limits).spot for n in (3, 6, 7, 8, 12)] == [6, 6, 7, 7, 7]
+    assert desire(2.0, FleetCount(ready_spot=12), peak=8.5, **limits).spot == 11, "a lull is no reason to shrink"
+    assert desire(2.0, FleetCount(ready_spot=3), peak=8.5, **limits).spot == 5, "nor a reason to grow"
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

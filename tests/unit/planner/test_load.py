@@ -38,3 +38,11 @@ def test_only_a_large_change_after_a_while_counts():
     assert load.change(1.1, 40.0) is None
     assert load.change(2.0, 40.0) == "arrivals changed from 1.00 to 2.00 per second"
     assert load.change(0.0, 40.0) is not None
+
+
+def test_peak_is_that_of_the_last_five_minutes():
+    load = Load()
+    assert load.peak_per_s(0.0) == 0.0
+    for at_s, arrivals_per_s in ((0.0, 5.0), (100.0, 2.0), (200.0, 3.0), (290.0, 1.0)):
+        load.note(report("a", arrivals_per_s), at_s)
+    assert [load.peak_per_s(at_s) for at_s in (300.0, 301.0, 501.0, 591.0)] == [5.0, 3.0, 1.0, 0.0]
