@@ -14,16 +14,31 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from deploy.errors import CommandError, NatsUnreachableError
-from deploy.protocol import AddCommand, CommandReply, KillCommand, PreemptCommand, supervisor_subject
-from planner.protocol import InstanceLost, InstanceStarting, PlannerSubjects, PreemptionNotice
+from deploy.protocol import (
+    AddCommand,
+    CancelNoticeCommand,
+    CommandReply,
+    KillCommand,
+    PreemptCommand,
+    supervisor_subject,
+)
+from planner.protocol import (
+    DesiredCapacity,
+    InstanceLost,
+    InstanceRequested,
+    InstanceStarting,
+    NoticeCancelled,
+    PlannerSubjects,
+    PreemptionNotice,
+)
 
 PUBLISH_TIMEOUT_S = 2.0
 RETRY_DELAY_S = 0.1
 CONNECT_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 2.0
 
-Command = PreemptCommand | KillCommand | AddCommand
-CapacityEvent = InstanceStarting | PreemptionNotice | InstanceLost
+Command = PreemptCommand | CancelNoticeCommand | KillCommand | AddCommand
+CapacityEvent = InstanceRequested | InstanceStarting | PreemptionNotice | NoticeCancelled | InstanceLost
 _decoder = msgspec.msgpack.Decoder(Command)
 _encode = msgspec.msgpack.encode
 
@@ -100,6 +115,16 @@ class FleetBus:
                 await message.respond(_encode(reply))
 
         await self._client.subscribe(self._command_subject, cb=on_message)
+
+    async def follow_desired(self, follow: Callable[[DesiredCapacity], Awaitable[None]]) -> None:
+        """Call `follow` with each desired capacity of the planner that is announced from now on."""
+        decoder = msgspec.msgpack.Decoder(DesiredCapacity)
+
+        async def on_message(message: Msg) -> None:
+            with contextlib.suppress(msgspec.DecodeError):
+                await follow(decoder.decode(message.data))
+
+        await self._client.subscribe(self._subjects.desired, cb=on_message)
 
     async def close(self) -> None:
         """Leave, whether NATS is there or not."""

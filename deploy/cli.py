@@ -15,17 +15,18 @@ import msgspec
 import typer
 from rich.console import Console
 
+from deploy.bus import Command
 from deploy.chat import Conversation, open_client
 from deploy.client import RequestCounts, fetch_requests, fetch_status, send_command
 from deploy.default_model import DEFAULT_MODEL, cache_dir
 from deploy.errors import CommandError, DeployError
 from deploy.local import serve
 from deploy.model_source import resolve_model
-from deploy.protocol import AddCommand, KillCommand, PreemptCommand
+from deploy.protocol import AddCommand, CancelNoticeCommand, KillCommand, PreemptCommand
 from deploy.report import plan_report, status_report
 from deploy.settings import UpSettings, default_state_dir, restart_delay_s
 from deploy.state import Running, StateDir
-from deploy.tables import plan_tables, status_tables
+from deploy.tables import history_tables, plan_tables, status_tables
 from planner.protocol import Market, Status
 
 EXIT_ERROR = 2
@@ -75,6 +76,20 @@ def up(
     instances: Annotated[int, typer.Option(help="Instances to start with.")] = 3,
     ranks_per_instance: Annotated[int, typer.Option(help="Ranks (devices) of each instance.")] = 1,
     market: Annotated[Market, typer.Option(help="Market of the instances.")] = Market.SPOT,
+    autoscale: Annotated[
+        bool, typer.Option("--autoscale", help="Launch and release instances as the planner wants it for the load.")
+    ] = False,
+    max_instances: Annotated[int | None, typer.Option(help="With --autoscale: no more than these.")] = None,
+    on_demand: Annotated[
+        int | None, typer.Option(help="With --autoscale: so many of them may be on-demand, if spot is short.")
+    ] = None,
+    advisory: Annotated[
+        bool,
+        typer.Option(
+            "--advisory",
+            help="Carry out only what keeps the fleet serving (the first plan, notices, losses); explain the rest.",
+        ),
+    ] = False,
     host: Annotated[str, typer.Option(help="Address that the gateway listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port that the gateway listens on.")] = 8000,
     nats_url: Annotated[
@@ -90,7 +105,12 @@ def up(
     ] = None,
     stages: Annotated[int | None, typer.Option(help="Stages of a pipeline to aim for.")] = None,
     tensor: Annotated[int | None, typer.Option(help="Tensor degree to aim for.")] = None,
-    objective: Annotated[str | None, typer.Option(help="latency or throughput.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="latency, throughput, or slo: --target-latency at the least cost.")
+    ] = None,
+    target_latency: Annotated[
+        float | None, typer.Option(help="Seconds of a whole request, for --objective slo.")
+    ] = None,
     max_batch: Annotated[int | None, typer.Option(help="Sequences that a pipeline decodes at once.")] = None,
     rank_memory_mb: Annotated[int | None, typer.Option(help="Weights and KV of one rank, in MiB.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -116,6 +136,11 @@ def up(
         stages=stages,
         tensor=tensor,
         objective=objective,
+        target_latency_s=target_latency,
+        advisory=advisory,
+        autoscale=autoscale,
+        max_instances=max_instances,
+        max_on_demand=on_demand,
         max_batch=max_batch,
         rank_memory_mb=rank_memory_mb,
         device=device,
@@ -144,24 +169,39 @@ async def _fetch_status_and_requests(running: Running) -> tuple[Status, RequestC
     return await fetch_status(running), requests
 
 
-@app.command(epilog=_example("spotserve plan", "spotserve plan --json"))
-def plan(as_json: JsonOption = False, state_dir: StateDirOption = None) -> None:
-    """The current plan, and why it was chosen over which alternatives."""
+@app.command(epilog=_example("spotserve plan", "spotserve plan --json", "spotserve plan --history 3"))
+def plan(
+    as_json: JsonOption = False,
+    history: Annotated[
+        int | None,
+        typer.Option(help="The last so many decisions in full, the newest first; at most 20 are kept.", min=1),
+    ] = None,
+    state_dir: StateDirOption = None,
+) -> None:
+    """The current plan: what it was made from, the alternatives, and why each of them lost."""
     answer = asyncio.run(fetch_status(_state_dir(state_dir).read_running()))
     if as_json:
-        _print_json(plan_report(answer))
+        _print_json(plan_report(answer, history))
+    elif history is not None:
+        Console().print(history_tables(answer, history))
     else:
         Console().print(plan_tables(answer))
 
 
-@app.command(epilog=_example("spotserve preempt i0", "spotserve preempt i0 --notice 5"))
+@app.command(
+    epilog=_example("spotserve preempt i0", "spotserve preempt i0 --notice 5", "spotserve preempt i0 --cancel")
+)
 def preempt(
     instance: InstanceArgument,
     notice: Annotated[float, typer.Option(help="Seconds from the notice to the end.", min=0)] = 30.0,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Take an earlier notice back: the instance stays.")] = False,
     state_dir: StateDirOption = None,
 ) -> None:
     """Play the cloud: notice now, SIGKILL of the whole instance at the deadline."""
-    _command(state_dir, PreemptCommand(instance=instance, notice_s=notice))
+    if cancel:
+        _command(state_dir, CancelNoticeCommand(instance=instance))
+    else:
+        _command(state_dir, PreemptCommand(instance=instance, notice_s=notice))
 
 
 @app.command(epilog=_example("spotserve kill i0"))
@@ -179,7 +219,7 @@ def add(
     _command(state_dir, AddCommand(market=market))
 
 
-def _command(state_dir: Path | None, command: PreemptCommand | KillCommand | AddCommand) -> None:
+def _command(state_dir: Path | None, command: Command) -> None:
     _say(asyncio.run(send_command(_state_dir(state_dir).read_running(), command)))
 
 

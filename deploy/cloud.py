@@ -10,8 +10,15 @@ from deploy.bus import Command, FleetBus
 from deploy.default_model import Say
 from deploy.errors import CommandError
 from deploy.process import Child, describe_exit
-from deploy.protocol import AddCommand, CommandReply, KillCommand, PreemptCommand
-from planner.protocol import InstanceLost, InstanceStarting, Market, PreemptionNotice
+from deploy.protocol import AddCommand, CancelNoticeCommand, CommandReply, KillCommand, PreemptCommand
+from planner.protocol import (
+    InstanceLost,
+    InstanceRequested,
+    InstanceStarting,
+    Market,
+    NoticeCancelled,
+    PreemptionNotice,
+)
 
 Launch = Callable[[str, Market], Awaitable[Child]]
 
@@ -19,8 +26,9 @@ Launch = Callable[[str, Market], Awaitable[Child]]
 class Instance:
     """One launched instance, until its process has ended."""
 
-    def __init__(self, id_: str, child: Child) -> None:
+    def __init__(self, id_: str, market: Market, child: Child) -> None:
         self.id = id_
+        self.market = market
         self.child = child
         self.lost_reason: str | None = None
         """Why the cloud took it away; None if it ended by itself."""
@@ -59,12 +67,13 @@ class LocalCloud:
     async def add(self, market: Market | None = None) -> str:
         """Launch one more instance; returns its id. Raises CommandError."""
         id_, market = self._take_id(), market or self._default_market
-        self._bus.post(InstanceStarting(instance=id_, market=market, num_ranks=self._ranks_per_instance))
+        self._bus.post(InstanceRequested(instance=id_, market=market, num_ranks=self._ranks_per_instance))
         try:
-            instance = Instance(id_, await self._launch(id_, market))
+            instance = Instance(id_, market, await self._launch(id_, market))
         except OSError as error:
             self._bus.post(InstanceLost(instance=id_, reason=f"cannot be started: {error}", detected_at_s=time.time()))
             raise CommandError(f"{id_} cannot be started: {error}") from error
+        self._bus.post(InstanceStarting(instance=id_, market=market, num_ranks=self._ranks_per_instance))
         self.instances[id_] = instance
         watcher = asyncio.create_task(self._watch(instance))
         self._watchers.add(watcher)
@@ -87,6 +96,17 @@ class LocalCloud:
         self._say(f"{id_}: preemption notice, it goes in {notice_s:g} s")
         await self._bus.publish(PreemptionNotice(instance=id_, deadline_s=instance.deadline_s))
 
+    async def cancel_notice(self, id_: str) -> None:
+        """Take the notice back, and let the instance live; raises CommandError."""
+        instance = self._find(id_)
+        if instance.deadline_s is None:
+            raise CommandError(f"{id_} is under no notice that could be cancelled")
+        if instance.timer is not None:
+            instance.timer.cancel()
+        instance.deadline_s = instance.timer = None
+        self._say(f"{id_}: the preemption notice is cancelled, it stays")
+        await self._bus.publish(NoticeCancelled(instance=id_))
+
     def kill(self, id_: str) -> None:
         """SIGKILL without notice; raises CommandError."""
         self._find(id_).take_away("killed")
@@ -103,6 +123,9 @@ class LocalCloud:
             case PreemptCommand():
                 await self.preempt(command.instance, command.notice_s)
                 return f"{command.instance} has notice: it is taken away in {command.notice_s:g} s"
+            case CancelNoticeCommand():
+                await self.cancel_notice(command.instance)
+                return f"{command.instance} stays: its notice is cancelled"
             case KillCommand():
                 self.kill(command.instance)
                 return f"{command.instance} is killed"

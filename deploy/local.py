@@ -17,6 +17,7 @@ import httpx
 import msgspec
 from nats.js.errors import Error as JetStreamError
 
+from deploy.autoscale import Autoscaler
 from deploy.bus import FleetBus, connect
 from deploy.cloud import LocalCloud
 from deploy.default_model import Say
@@ -199,6 +200,10 @@ class Supervisor:
         )
         self._spawn(self._bus.send_outbox())
         await self._bus.serve_commands(self._cloud.handle)
+        if self._settings.autoscale:
+            autoscaler = Autoscaler(self._cloud, self._say)
+            await self._bus.follow_desired(autoscaler.follow)
+            self._spawn(autoscaler.run())
         for _ in range(self._settings.num_instances):
             await self._cloud.add()
 

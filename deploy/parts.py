@@ -39,9 +39,22 @@ def planner_program(commands: Commands, settings: UpSettings, nats_url: str) -> 
         pipeline=settings.stages,
         tensor=settings.tensor,
         objective=settings.objective,
+        latency_s=settings.target_latency_s,
+        advisory=settings.advisory or None,
+        **_limits(settings),
         max_batch=settings.max_batch,
     )
     return Program(name="planner", command=commands.planner, environment=environment)
+
+
+def _limits(settings: UpSettings) -> dict[str, int]:
+    """Of the planner's fleet, where the supervisor follows what it wants."""
+    if not settings.autoscale:
+        return {}
+    most, on_demand = settings.max_instances or 0, settings.max_on_demand or 0
+    # One instance at least: an idle fleet must be able to answer its next request.
+    floors = {"min_spot": 1} if most > on_demand else {"min_on_demand": 1}
+    return {"max_spot": most - on_demand, "max_on_demand": on_demand, "candidate_pool": 0, **floors}
 
 
 def gateway_program(commands: Commands, settings: UpSettings, nats_url: str, model_dir: Path) -> Program:

@@ -12,6 +12,12 @@ class PreemptCommand(Message, frozen=True, kw_only=True):
     notice_s: float = 30.0
 
 
+class CancelNoticeCommand(Message, frozen=True, kw_only=True):
+    """Play the cloud that changes its mind: the notice is taken back, the instance stays."""
+
+    instance: str
+
+
 class KillCommand(Message, frozen=True, kw_only=True):
     """SIGKILL of the whole instance now, with no notice."""
 

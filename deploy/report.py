@@ -43,6 +43,16 @@ class RequestReport(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int | None
 
 
+class PlannerReport(msgspec.Struct, frozen=True, kw_only=True):
+    advisory: bool
+    """Only what keeps the fleet serving is carried out."""
+    failed_decisions: int
+    last_failure: str
+    """Empty if the last decision has worked; else the last good plan stands."""
+    desired: dict[str, Any] | None
+    """A `DesiredCapacity`, the instances that the planner wants; None: it takes the fleet as it comes."""
+
+
 class StatusReport(msgspec.Struct, frozen=True, kw_only=True):
     """`spotserve status --json`."""
 
@@ -50,6 +60,7 @@ class StatusReport(msgspec.Struct, frozen=True, kw_only=True):
     instances: list[InstanceReport]
     pipelines: list[PipelineReport]
     requests: RequestReport
+    planner: PlannerReport
 
 
 def status_report(status: Status, requests: RequestCounts | None) -> StatusReport:
@@ -68,23 +79,46 @@ def status_report(status: Status, requests: RequestCounts | None) -> StatusRepor
         requests=RequestReport(
             running=requests.running if requests else None, waiting=requests.waiting if requests else None
         ),
+        planner=PlannerReport(
+            advisory=status.advisory,
+            failed_decisions=status.num_failed_decisions,
+            last_failure=status.last_failure,
+            desired=_complete(status.desired),
+        ),
     )
 
 
-def plan_report(status: Status) -> dict[str, Any]:
-    """`spotserve plan --json`: epoch, pipelines, retiring, explanation (None before the first plan) and history."""
+def plan_report(status: Status, num_decisions: int | None = None) -> dict[str, Any]:
+    """`spotserve plan --json`: epoch, pipelines, retiring, explanation (None before the first plan), history, desired.
+
+    `num_decisions`: the length of the history, newest first; None: all of it. Every field is there, defaults too.
+    """
     plan = status.plan
     explicit = {
         "epoch": status.epoch,
         "pipelines": [_pipeline_report(pipeline, 0) for pipeline in plan.pipelines] if plan else [],
         "retiring": [{"id": one.pipeline.id, "reason": one.reason} for one in plan.retiring] if plan else [],
         "explanation": plan.explanation if plan else None,
-        "history": status.history,
+        "history": status.history[:num_decisions],
+        "desired": status.desired,
     }
-    report: dict[str, Any] = msgspec.to_builtins(explicit)
+    report: dict[str, Any] = _complete(explicit)
     for pipeline in report["pipelines"]:
         del pipeline["running"]  # the plan does not know it; `status` does
     return report
+
+
+def _complete(value: Any) -> Any:
+    """As plain objects, fields that have their default value included: on the wire they are left out."""
+    match value:
+        case msgspec.Struct():
+            return {name: _complete(getattr(value, name)) for name in value.__struct_fields__}
+        case dict():
+            return {name: _complete(one) for name, one in value.items()}
+        case list() | tuple():
+            return [_complete(one) for one in value]
+        case _:
+            return msgspec.to_builtins(value)
 
 
 def _instance_report(instance: InstanceStatus) -> InstanceReport:

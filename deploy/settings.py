@@ -16,7 +16,7 @@ from planner.protocol import Market
 
 DType = Literal["float32", "bfloat16", "float16"]
 Reduction = Literal["fast", "fixed"]
-Objective = Literal["latency", "throughput"]
+Objective = Literal["latency", "throughput", "slo"]
 Device = Literal["cpu", "cuda"]
 DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 AUTO: Final = "auto"
@@ -44,6 +44,14 @@ class UpSettings(msgspec.Struct, frozen=True, kw_only=True):
     stages: int | None = None
     tensor: int | None = None
     objective: str | None = None
+    target_latency_s: float | None = None
+    """Of the objective slo."""
+    advisory: bool = False
+    autoscale: bool = False
+    """Launch and release instances as the planner wants it."""
+    max_instances: int | None = None
+    max_on_demand: int | None = None
+    """Of `max_instances`; the rest are spot."""
     max_batch: int | None = None
     rank_memory_mb: int | None = None
     device: str = "cpu"
@@ -63,8 +71,27 @@ class UpSettings(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("ranks_per_instance", "max_model_len", "pipelines", "stages", "tensor", "max_batch"):
             _at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         _at_least("--rank-memory-mb", self.rank_memory_mb, 1)
+        if (self.objective == "slo") != (self.target_latency_s is not None):
+            raise SettingError(
+                "--target-latency", self.target_latency_s, "goes with --objective slo, and is needed there"
+            )
+        if self.target_latency_s is not None and not 0 < self.target_latency_s < math.inf:
+            raise SettingError("--target-latency", self.target_latency_s, "must be seconds above 0")
+        self._check_autoscale()
         if not 1 <= self.port <= 65535:
             raise SettingError("--port", self.port, "must be from 1 to 65535")
+
+    def _check_autoscale(self) -> None:
+        _at_least("--max-instances", self.max_instances, 1)
+        _at_least("--on-demand", self.max_on_demand, 0)
+        if self.autoscale != (self.max_instances is not None):
+            raise SettingError("--max-instances", self.max_instances, "goes with --autoscale, and is needed there")
+        if not self.autoscale and self.max_on_demand is not None:
+            raise SettingError("--on-demand", self.max_on_demand, "goes with --autoscale")
+        if self.max_instances is not None and (self.max_on_demand or 0) > self.max_instances:
+            raise SettingError(
+                "--on-demand", self.max_on_demand, f"must be {self.max_instances} (--max-instances) or less"
+            )
 
     @property
     def served_model_name(self) -> str:

@@ -106,7 +106,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if self.max_spot is None and self.max_on_demand is None:
             return None
         given = {name: getattr(self, name) for name in _LIMITS if getattr(self, name) is not None}
-        return CapacityLimits(**({"max_spot": 0, "candidate_pool": 0} | given))
+        return CapacityLimits(**({"max_spot": 0} | given))
 
     @property
     def targets(self) -> Targets:

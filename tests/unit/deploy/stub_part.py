@@ -15,15 +15,19 @@ import msgspec
 import nats
 
 from planner.protocol import (
+    DesiredCapacity,
     InstanceLost,
+    InstanceRequested,
     InstanceStarting,
     InstanceState,
     InstanceStatus,
+    NoticeCancelled,
     PlannerSubjects,
     PreemptionNotice,
     Status,
 )
 
+Capacity = InstanceRequested | InstanceStarting | PreemptionNotice | NoticeCancelled | InstanceLost
 RANK = "import time; time.sleep(1000)"
 
 
@@ -32,18 +36,22 @@ async def planner() -> None:
     client = await nats.connect(os.environ["SPOTSERVE_PLANNER_NATS_URL"], max_reconnect_attempts=-1)
     await client.jetstream().add_stream(name=subjects.capacity_stream, subjects=[subjects.all_capacity])
     instances: dict[str, InstanceStatus] = {}
-    decoder = msgspec.msgpack.Decoder(InstanceStarting | PreemptionNotice | InstanceLost)
+    decoder = msgspec.msgpack.Decoder(Capacity)
 
     def change(instance, **fields):
         instances[instance] = msgspec.structs.replace(instances[instance], **fields)
 
     async def on_capacity(message):
-        event: InstanceStarting | PreemptionNotice | InstanceLost = decoder.decode(message.data)
-        if isinstance(event, InstanceStarting):
+        event: Capacity = decoder.decode(message.data)
+        if isinstance(event, InstanceRequested | InstanceStarting):
             ranks = [f"{event.instance}-{number}" for number in range(event.num_ranks)]
+            is_asked = isinstance(event, InstanceRequested)
+            state = InstanceState.REQUESTED if is_asked else InstanceState.STARTING
             instances[event.instance] = InstanceStatus(
-                id=event.instance, market=event.market, state=InstanceState.STARTING, deadline_s=None, ranks=ranks
+                id=event.instance, market=event.market, state=state, deadline_s=None, ranks=ranks
             )
+        elif isinstance(event, NoticeCancelled):
+            change(event.instance, state=InstanceState.READY, deadline_s=None)
         elif isinstance(event, PreemptionNotice):
             change(event.instance, state=InstanceState.GRACE, deadline_s=event.deadline_s)
         else:
@@ -55,8 +63,26 @@ async def planner() -> None:
 
     await client.jetstream().subscribe(subjects.all_capacity, cb=on_capacity)
     await client.subscribe(subjects.status, cb=on_status)
+    if "SPOTSERVE_PLANNER_MAX_SPOT" in os.environ:
+        wanted = [DesiredCapacity(**fields) for fields in json.loads(os.environ.get("STUB_DESIRED", "[]"))]
+        limits = sorted(f"{k}={v}" for k, v in os.environ.items() if "_MIN_" in k or "_MAX_S" in k or "_MAX_O" in k)
+        print("limits", *limits, flush=True)
+        asyncio.get_running_loop().create_task(want(client, subjects, wanted, instances))
     print("planner ready", flush=True)
     await asyncio.Event().wait()
+
+
+async def want(client, subjects, wanted, instances):
+    """Each wish as soon as the one before it has been met."""
+    for desired in wanted:
+        alive = [InstanceState.REQUESTED]
+        while not alive or InstanceState.REQUESTED in alive:
+            await asyncio.sleep(0.05)
+            alive = [i.state for i in instances.values() if i.state is not InstanceState.LOST]
+        await client.publish(subjects.desired, msgspec.msgpack.encode(desired))
+        while sum(i.state is InstanceState.STARTING for i in instances.values()) != desired.spot + desired.on_demand:
+            await asyncio.sleep(0.05)
+        print("met", desired.spot, desired.on_demand, flush=True)
 
 
 async def gateway() -> None:

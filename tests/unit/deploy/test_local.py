@@ -213,6 +213,42 @@ def test_preempt_kill_and_add_are_carried_out_and_told(start: Start) -> None:
     assert (refused.returncode, refused.stderr) == (2, "spotserve: no instance 'i0' is running here; running: i2\n")
 
 
+def test_a_cancelled_notice_lets_the_instance_live(start: Start) -> None:
+    up = start(num_instances=1)
+    up.wait_until_ready()
+    assert "i0 is under no notice" in up.spotserve("preempt", "i0", "--cancel").stderr
+    assert up.spotserve("preempt", "i0", "--notice", "3").returncode == 0
+    noticed_s = time.monotonic()
+    assert up.spotserve("preempt", "i0", "--cancel").stdout == "i0 stays: its notice is cancelled\n"
+    wait_for(lambda: "NoticeCancelled" in up.log("planner"), up.said())
+    wait_for(lambda: time.monotonic() > noticed_s + 3.5, "the deadline passes")
+    assert psutil.Process(up.running().pids["i0"]).is_running()
+    assert up.states() == {"i0": "ready"}
+    assert up.spotserve("preempt", "i0", "--notice", "0").returncode == 0, "it can be noticed again"
+    wait_for(lambda: up.states() == {"i0": "lost"}, up.said())
+
+
+def test_autoscale_launches_what_is_wanted_and_gives_back_what_is_not(start: Start) -> None:
+    wanted = [
+        {"spot": 2, "on_demand": 1, "reason": "busy"},
+        {"spot": 1, "on_demand": 0, "reason": "idle", "release": ["i2", "i1"]},
+    ]
+    up = start(
+        num_instances=1, autoscale=True, max_instances=4, max_on_demand=1, env={"STUB_DESIRED": json.dumps(wanted)}
+    )
+    up.wait_until_ready()
+    limits = "limits SPOTSERVE_PLANNER_MAX_ON_DEMAND=1 SPOTSERVE_PLANNER_MAX_SPOT=3 SPOTSERVE_PLANNER_MIN_SPOT=1"
+    assert limits in up.log("planner")
+    wait_for(lambda: "met 2 1" in up.log("planner"), up.said() + up.log("planner"))
+    assert "autoscale: 1 more on_demand (busy)" in up.said()
+    wait_for(lambda: "met 1 0" in up.log("planner"), up.said() + up.log("planner"))
+    assert "autoscale: i2 is given back (idle)" in up.said()
+    wait_for(lambda: up.states() == {"i0": "starting", "i1": "lost", "i2": "lost"}, up.said())
+    os.kill(up.running().pids["i0"], signal.SIGKILL)
+    wait_for(lambda: up.states().get("i3") == "starting", "what is lost is not replaced: " + up.said())
+    up.look()
+
+
 def test_an_instance_that_ends_by_itself_is_reported_lost(start: Start) -> None:
     up = start(num_instances=2)
     up.wait_until_ready()
@@ -349,7 +385,7 @@ def test_status_and_chat_of_a_running_up(start: Start) -> None:
     up = start(num_instances=1)
     up.wait_until_ready()
     report = json.loads(up.spotserve("status", "--json").stdout)
-    assert set(report) == {"epoch", "instances", "pipelines", "requests"}
+    assert set(report) == {"epoch", "instances", "pipelines", "requests", "planner"}
     assert report["requests"] == {"running": 2, "waiting": 1}
     assert report["instances"] == [
         {"id": "i0", "market": "spot", "state": "starting", "deadline_s": None, "ranks": ["i0-0"]}

@@ -11,9 +11,10 @@ from rich.console import Console, RenderableType
 
 from deploy.client import RequestCounts
 from deploy.report import plan_report, status_report
-from deploy.tables import describe_bytes, describe_config, plan_tables, status_tables
+from deploy.tables import describe_bytes, describe_config, history_tables, plan_tables, status_tables
 from planner.protocol import (
     Alternative,
+    DesiredCapacity,
     Explanation,
     InstanceState,
     InstanceStatus,
@@ -129,6 +130,7 @@ def test_status_json_has_the_agreed_keys() -> None:
             }
         ],
         "requests": {"running": 5, "waiting": 2},
+        "planner": {"advisory": False, "failed_decisions": 0, "last_failure": "", "desired": None},
     }
 
 
@@ -150,6 +152,7 @@ def test_status_without_plan_and_gateway_says_so() -> None:
         "instances": [],
         "pipelines": [],
         "requests": {"running": None, "waiting": None},
+        "planner": {"advisory": False, "failed_decisions": 0, "last_failure": "", "desired": None},
     }
     shown = rendered(status_tables(report, now_s=0.0))
     assert "the gateway does not answer" in shown
@@ -180,7 +183,9 @@ def test_plan_shows_choice_alternatives_and_history() -> None:
 
 def test_plan_json_has_the_explanation_and_no_counts() -> None:
     report = json.loads(msgspec.json.encode(plan_report(STATUS)))
-    assert set(report) == {"epoch", "pipelines", "retiring", "explanation", "history"}
+    assert set(report) == {"epoch", "pipelines", "retiring", "explanation", "history", "desired"}
+    assert set(report["explanation"]) == set(Explanation.__struct_fields__), "also what has its default value"
+    assert set(report["explanation"]["alternatives"][0]) == set(Alternative.__struct_fields__)
     assert report["explanation"]["cause"] == "preemption notice of i3"
     assert "running" not in report["pipelines"][0]
 
@@ -194,3 +199,82 @@ def test_bytes_are_readable(num_bytes: float, text: str) -> None:
 
 def test_no_configuration_is_said() -> None:
     assert describe_config(None) == "nothing to run on"
+
+
+def test_what_is_out_of_the_ordinary_is_said() -> None:
+    desired = DesiredCapacity(spot=3, on_demand=1, reason="2 instances for 4.00 requests/s")
+    status = msgspec.structs.replace(
+        STATUS, advisory=True, num_failed_decisions=2, last_failure="ValueError: no", desired=desired
+    )
+    report = status_report(status, COUNTS)
+    shown = rendered(status_tables(report, now_s=0.0))
+    assert "advisory: only what keeps the fleet serving is carried out" in shown
+    assert "could not decide (ValueError: no): the last plan stands" in shown
+    assert "wanted: 3 spot, 1 on-demand (2 instances for 4.00 requests/s)" in shown
+    planner = json.loads(msgspec.json.encode(report))["planner"]
+    assert planner["failed_decisions"] == 2
+    assert planner["desired"]["release"] == []
+    assert "advisory" not in rendered(status_tables(status_report(STATUS, COUNTS), now_s=0.0))
+
+
+def test_plan_shows_inputs_costs_and_moves() -> None:
+    assert STATUS.plan is not None
+    other = ParallelConfig(data=1, pipeline=3, tensor=1, max_batch=8)
+    lost = Alternative(
+        config=other,
+        others=[CONFIG],
+        latency_s=2.5,
+        throughput_per_s=3.0,
+        num_ranks=5,
+        verdict="slower",
+        usd_per_h=1.25,
+        bytes_moved=7_000_000,
+        pause_s=0.25,
+    )
+    explanation = msgspec.structs.replace(
+        EXPLANATION,
+        alternatives=[*EXPLANATION.alternatives, lost],
+        others=[other],
+        prompt_tokens=300.0,
+        output_tokens=80.0,
+        objective="latency",
+        expected_calm_s=600.0,
+    )
+    status = msgspec.structs.replace(STATUS, plan=msgspec.structs.replace(STATUS.plan, explanation=explanation))
+    shown = rendered(plan_tables(status))
+    assert "1.50 requests/s on 3 rank(s), 300 prompt and 80 output tokens each" in shown
+    assert "latency; the next event is expected in 10 min" in shown
+    assert "plan 7: 1 pipeline of 2 stages, tensor degree 1, up to 8 sequences each, and 1 pipeline of 3" in shown
+    row = next(line for line in shown.splitlines() if "slower" in line)
+    assert row.split() == [
+        "1x3x1",
+        "+",
+        "1x2x1",
+        "8",
+        "5",
+        "2.50",
+        "s",
+        "3.00/s",
+        "1.25",
+        "7.0",
+        "MB",
+        "250",
+        "ms",
+        "slower",
+    ]
+    assert "USD/h" not in rendered(plan_tables(STATUS)), "nothing is known of prices there"
+
+
+def test_advice_and_history() -> None:
+    advice = msgspec.structs.replace(EXPLANATION, cause="i9 joined", advisory=True)
+    status = msgspec.structs.replace(STATUS, history=[advice, EXPLANATION])
+    shown = rendered(plan_tables(status))
+    assert "advice that nothing acts on: 1 pipeline of 2 stages" in shown
+    assert "advice: 1 pipeline" in shown
+    last = rendered(history_tables(status, 1))
+    assert "i9 joined" in last
+    assert "preemption notice of i3" not in last
+    assert rendered(history_tables(status, 5)).count("chosen: lowest latency") == 2
+    assert len(plan_report(status, 1)["history"]) == 1
+    assert len(plan_report(status)["history"]) == 2
+    assert "no decision yet" in rendered(history_tables(Status(epoch=0, instances=[], plan=None), 3))
