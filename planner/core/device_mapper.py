@@ -4,9 +4,9 @@ Maximum-weight bipartite matching on two levels (SpotServe, section on device ma
 take which shards of a stage is the inner matching; its optimum is what the pair (instance, stage) weighs in the outer
 one. A tensor group therefore stays inside an instance where it fits; one that is larger spans instances in blocks.
 
-With a tensor degree of 1, with one group to an instance, and for a few groups in all, the result is optimal. Where
-instances take several of many groups, which ranks go together is improved in turns with who takes what, until that
-gains nothing. Of pipelines with different tensor degrees the larger degree is served first.
+With a tensor degree of 1 (up to 2,048 positions), with one group to an instance, and for a few groups in all, the
+result is optimal. Where instances take several of many groups, which ranks go together is improved in turns with who
+takes what, until that gains nothing. Of pipelines with different tensor degrees the larger degree is served first.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ __all__ = [
 
 MAX_ROUNDS: Final = 4
 """Of improving the groups inside instances."""
+MAX_SINGLES: Final = 2048
+"""More positions than that of tensor degree 1 are matched in halves: the time grows with the cube of their number."""
 MAX_EXACT_BLOCKS: Final = 6
 MAX_EXACT_INSTANCES: Final = 16
 """Up to so many groups and instances all ways to put several groups into an instance are tried."""
@@ -174,6 +176,8 @@ class _Mapping:
         return rank_of
 
     def _match(self, clusters: list[list[int]], blocks: list[list[int]]) -> dict[int, int]:
+        if len(blocks[0]) == 1 and len(blocks) > MAX_SINGLES:
+            return self._match_halves(clusters, blocks)
         rows, columns = linear_sum_assignment(self._pair_bytes(clusters, blocks), maximize=True)
         rank_of: dict[int, int] = {}
         members: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
@@ -189,6 +193,21 @@ class _Mapping:
                 weights = self._bytes(ranks, positions)
                 rank_of |= {positions[c]: ranks[r] for r, c in _best(weights)}
         return rank_of
+
+    def _match_halves(self, clusters: list[list[int]], blocks: list[list[int]]) -> dict[int, int]:
+        """Half of the pipelines each, with the ranks whose KV they inherit."""
+        half = len(blocks) // 2
+        first_of_second = int(self._table.slot_of[blocks[half][0]])
+        heirs = self._table.heir_of
+
+        def side(cluster: list[int]) -> int:
+            heir = int(heirs[cluster[0]])
+            return 0 if heir == NO_HEIR else 1 if heir >= first_of_second else -1
+
+        by_side = sorted(clusters, key=side)
+        num_first = len(clusters) * half // len(blocks)
+        first = self._match(by_side[:num_first], blocks[:half])
+        return first | self._match(by_side[num_first:], blocks[half:])
 
     def _regroup(self, rank_of: Mapping[int, int], blocks: list[list[int]], size: int) -> list[list[int]]:
         """Clusters of those that serve a block together, and of the others of each instance."""

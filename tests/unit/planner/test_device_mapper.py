@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.core import device_mapper
 from planner.core.device_mapper import (
     SlotShape,
     held_units,
@@ -171,6 +172,25 @@ def test_many_aligned_groups_stay_where_they_are(make_model):
     mixed = [ranks[(number * 7) % 32] for number in range(32)]
     chosen = map_devices(TINY, mixed, slots, retiring, inherits)
     assert chosen == ranks
+
+
+def test_thousands_of_single_ranks_are_matched_in_halves(monkeypatch):
+    """With a limit of 8: nothing is lost where the sequences of a pipeline stay together."""
+    monkeypatch.setattr(device_mapper, "MAX_SINGLES", 8)
+    slots = [SlotShape(TWO_STAGES, 1)] * 16
+    ranks = [
+        rank(f"i{number:02}", 0, [rectangle(*position.rectangle)], kv_tokens=5 + position.slot)
+        for number, position in enumerate(positions_of(slots, 4))
+    ]
+    retiring = [
+        old_pipeline(f"p{slot}", (0, 1, ranks[2 * slot : 2 * slot + 1]), (2, 3, ranks[2 * slot + 1 : 2 * slot + 2]))
+        for slot in range(16)
+    ]
+    inherits = share_inheritance(retiring, {}, 16)
+    mixed = [ranks[(number * 7) % 32] for number in range(32)]
+    chosen = map_devices(TINY, mixed, slots, retiring, inherits)
+    kv_stays = reused(ranks, chosen, slots, retiring, inherits)
+    assert kv_stays == sum(reusable_bytes(TINY, ranks, positions_of(slots, 4), retiring, inherits).max(axis=0))
 
 
 def test_reusable_bytes_count_shared_units(make_model, make_rank):
