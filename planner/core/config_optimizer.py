@@ -8,19 +8,19 @@ nothing more, so among equally cheap ones the one with most throughput wins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Final
 
 import msgspec
 
 from planner.core.cost_model import CostModel
-from planner.core.layout import NOTHING, Layout, Score, Scorer, Shape, feasible_shapes, fewest_pipelines, filled, weigh
-from planner.protocol import Alternative, ParallelConfig
+from planner.core.layout import NOTHING, Layout, Score, Scorer, Shape, feasible_shapes, size_of
+from planner.core.layout_search import fewest_pipelines, filled, weigh
+from planner.protocol import ParallelConfig
 
 NEAR_TIE: Final = 0.05
 SAME_THROUGHPUT: Final = 0.01
-MAX_ALTERNATIVES: Final = 16
 
 
 class Objective(StrEnum):
@@ -78,7 +78,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     weighed: list[Score]
     refused: dict[Shape, str]
     """Shapes that the targets rule out."""
-    misfits: dict[Shape, str]
+    misfits: list[Shape]
     """Shapes that the model does not fit in."""
 
 
@@ -107,7 +107,7 @@ def choose_layout(
         stay=stay,
         weighed=weighed,
         refused=refused,
-        misfits={shape: _misfit(costs, shape) for shape in misfits},
+        misfits=misfits,
     )
 
 
@@ -200,84 +200,6 @@ def _smaller_ones(
     def is_enough(score: Score) -> bool:
         return score.latency_s <= limit_s
 
-    found = [fewest_pipelines(scorer, s, supply.num_ranks // (s[0] * s[1]), is_enough) for s in shapes]
+    found = [fewest_pipelines(scorer, s, supply.num_ranks // size_of(s), is_enough) for s in shapes]
     known = {s.layout for s in weighed}
     return [score for score in found if score is not None and score.layout not in known]
-
-
-# --- Why ---
-
-
-def alternatives(
-    costs: CostModel, choice: Choice, chosen: Score | None, why: str, supply: Supply, usd_per_instance_h: float = 0.0
-) -> list[Alternative]:
-    """The chosen one; the best of each other shape, and the present one if it was given up; then what is ruled out."""
-    scorer = Scorer(costs)
-    best_of: dict[Shape, Score] = {}
-    for score in sorted(choice.weighed, key=lambda s: (s.latency_s, -s.throughput_per_s, s.service_s)):
-        best_of.setdefault(score.layout.main, score)
-    rivals: list[Score | None] = [
-        choice.best,
-        choice.stay,
-        *sorted(best_of.values(), key=lambda s: (s.latency_s, s.service_s)),
-    ]
-    rejected = [s for s in dict.fromkeys(rivals) if chosen is not None and s is not None and s.layout != chosen.layout]
-
-    def describe(score: Score, verdict: str) -> Alternative:
-        config, *others = score.layout.configs(costs)
-        return Alternative(
-            config=config,
-            others=others,
-            latency_s=round(score.latency_s if score.keeps_up else score.service_s, 4),
-            throughput_per_s=round(score.throughput_per_s, 4),
-            num_ranks=score.layout.num_ranks,
-            usd_per_h=round(supply.num_instances(score.layout) * usd_per_instance_h, 4),
-            verdict=verdict,
-        )
-
-    refused = [
-        describe(scorer.score(Layout.of({shape: supply.num_ranks // (shape[0] * shape[1])})), verdict)
-        for shape, verdict in list(choice.refused.items())[: MAX_ALTERNATIVES // 4]
-    ]
-    misfits = [_misfit_alternative(shape, verdict) for shape, verdict in choice.misfits.items()]
-    ruled_out = (refused + misfits)[: MAX_ALTERNATIVES if chosen is None else MAX_ALTERNATIVES // 4]
-    if chosen is None:
-        return ruled_out
-    listed = [
-        describe(score, _verdict(score, chosen, supply, costs.workload.arrivals_per_s))
-        for score in rejected[: MAX_ALTERNATIVES - 1 - len(ruled_out)]
-    ]
-    return [describe(chosen, f"chosen: {why}"), *listed, *ruled_out]
-
-
-def _verdict(rejected: Score, chosen: Score, supply: Supply, arrivals_per_s: float) -> str:
-    saved = supply.extra_instances(rejected.layout) - supply.extra_instances(chosen.layout)
-    against = _against(rejected, chosen)
-    if not rejected.keeps_up and chosen.keeps_up:
-        return f"does not keep up with {arrivals_per_s:.2f} requests/s; {against}"
-    return f"{saved} instances more; {against}" if saved > 0 else against
-
-
-def _against(rejected: Score, chosen: Score) -> str:
-    is_comparable = rejected.keeps_up and chosen.keeps_up
-    latency_of: Callable[[Score], float] = (lambda s: s.latency_s) if is_comparable else (lambda s: s.service_s)
-    latency = latency_of(rejected) / latency_of(chosen) - 1
-    throughput = rejected.throughput_per_s / chosen.throughput_per_s - 1
-    return f"latency {latency:+.0%}, throughput {throughput:+.0%} against the chosen one"
-
-
-def _misfit(costs: CostModel, shape: Shape) -> str:
-    return (
-        f"does not fit: {costs.weight_bytes(*shape) / 1e6:.0f} MB of weights a rank and KV of "
-        f"{costs.model.max_model_len} tokens, in {costs.memory_bytes / 1e6:.0f} MB"
-    )
-
-
-def _misfit_alternative(shape: Shape, verdict: str) -> Alternative:
-    return Alternative(
-        config=ParallelConfig(data=1, pipeline=shape[0], tensor=shape[1], max_batch=0),
-        latency_s=0.0,
-        throughput_per_s=0.0,
-        num_ranks=shape[0] * shape[1],
-        verdict=verdict,
-    )

@@ -1,7 +1,7 @@
 import pytest
 
+from planner.core.alternatives import list_alternatives
 from planner.core.config_optimizer import Objective, Supply, Targets, choose_config, choose_layout
-from planner.core.config_optimizer import alternatives as list_alternatives
 from planner.core.cost_model import CostModel, Workload
 
 MB = 1_000_000

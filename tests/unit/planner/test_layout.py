@@ -6,10 +6,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from planner.core import layout as layout_module
+from planner.core import layout_search
 from planner.core.config_optimizer import NEAR_TIE, SAME_THROUGHPUT, Objective, Supply, Targets, choose_layout, pick
 from planner.core.cost_model import CostModel, Workload
-from planner.core.layout import Knapsack, Layout, Scorer, feasible_shapes, fewest_pipelines, weigh
+from planner.core.layout import Layout, Scorer, feasible_shapes
+from planner.core.layout_search import Knapsack, fewest_pipelines, weigh
 
 MB = 1_000_000
 
@@ -95,7 +96,7 @@ def test_large_fleets_get_nearly_the_best_without_looking_at_all_layouts(build_c
     assume(every)
     scorer = Scorer(costs)
     shapes = feasible_shapes(costs, num_ranks)[0]
-    built = [scorer.score(x) for x in layout_module._constructed(scorer, shapes, num_ranks, num_ranks)]
+    built = [scorer.score(x) for x in layout_search._constructed(scorer, shapes, num_ranks, num_ranks)]
     assert max(s.throughput_per_s for s in built) == pytest.approx(max(s.throughput_per_s for s in every))
     assert any(s.keeps_up for s in built) == any(s.keeps_up for s in every)
     if any(s.keeps_up for s in every):
@@ -156,7 +157,7 @@ def test_44_ranks_do_not_idle_where_pipelines_of_16_leave_12(build_costs):
     best, _ = pick(weigh(scorer, shapes, 44), Supply(num_ranks=44), Targets(objective=Objective.THROUGHPUT))
     assert best.layout.num_ranks > 32
     assert best.throughput_per_s > 1.2 * two.throughput_per_s
-    around = list(layout_module._around(scorer, two.layout, [], set(shapes), 44, Knapsack(scorer, shapes, 44)))
+    around = list(layout_search._around(scorer, two.layout, [], set(shapes), 44, Knapsack(scorer, shapes, 44)))
     assert any(dict(x.counts).get((2, 8)) == 2 and x.num_ranks > 40 for x in around)
     assert any(dict(x.counts).get((3, 8)) == 1 and dict(x.counts).get((2, 8)) == 1 for x in around), "a stage more"
 
