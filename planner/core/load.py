@@ -42,10 +42,13 @@ class Load:
             weight = sum(r.arrivals_per_s for r in known)
             return sum(getattr(r, field) * r.arrivals_per_s for r in known) / weight if known else otherwise
 
+        half = max_model_len / 2
+        prompt_tokens = min(mean("mean_prompt_tokens", min(assumed.prompt_tokens, half)), max_model_len - 1)
+        output_tokens = mean("mean_output_tokens", min(assumed.output_tokens, half))
         return Workload(
             arrivals_per_s=total_per_s,
-            prompt_tokens=min(mean("mean_prompt_tokens", assumed.prompt_tokens), max_model_len / 2),
-            output_tokens=min(mean("mean_output_tokens", assumed.output_tokens), max_model_len / 2),
+            prompt_tokens=prompt_tokens,
+            output_tokens=min(output_tokens, max_model_len - prompt_tokens),
         )
 
     def peak_per_s(self, now_s: float) -> float:

@@ -31,6 +31,15 @@ def test_lengths_are_assumed_at_first_and_fit_the_model():
     assert Load().workload(64, 0.0).prompt_tokens == 32
 
 
+def test_lengths_that_were_seen_are_believed_as_far_as_the_model_takes_them():
+    load = Load()
+    load.note(report("a", 1.0, prompt=512, output=128), 0.0)
+    workload = load.workload(640, 0.0)
+    assert (workload.prompt_tokens, workload.output_tokens) == (512, 128)
+    workload = load.workload(600, 0.0)
+    assert (workload.prompt_tokens, workload.output_tokens) == (512, 88)
+
+
 def test_only_a_large_change_after_a_while_counts():
     load = Load()
     load.note_decision(1.0, 0.0)
