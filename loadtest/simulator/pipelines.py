@@ -90,8 +90,6 @@ class Sequence:
     pull: Pull | None = None
     interruption: Interruption | None = None
     """It has had no token since."""
-    change: Change | None = None
-    """The newest one that interrupted it."""
     heir_of: str | None = None
     """The pipeline that had it before."""
 
@@ -130,12 +128,12 @@ class Sequence:
 
     def interrupt(self, interruption: Interruption, heir_of: str | None = None) -> None:
         """Its pipeline has stopped."""
-        self.interruption, self.change, self.heir_of = interruption, interruption.change, heir_of
+        self.interruption, self.heir_of = interruption, heir_of
 
     def _note_recomputed(self, num_tokens: int) -> None:
         self.tokens_recomputed += num_tokens
-        if self.change is not None:
-            self.change.tokens_recomputed += num_tokens
+        if self.interruption is not None:  # else it was evicted for others
+            self.interruption.change.tokens_recomputed += num_tokens
 
     def commit(self, num_tokens: int, first_s: float, step_s: float) -> None:
         """`num_tokens` more, the first at `first_s`, then one each `step_s`."""

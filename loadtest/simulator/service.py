@@ -120,7 +120,8 @@ class Service:
             sequence.lose_kv()
             if from_scratch:
                 sequence.restart()
-        self.requeue(sequences)
+        self.enqueue(sequences)
+        self.dispatch()
 
     # --- Requests ---
 
@@ -129,11 +130,10 @@ class Service:
         self._finished.append((self.clock.now_s, sequence.request.output_tokens))
         self.num_open -= 1
 
-    def requeue(self, sequences: Iterable[Sequence]) -> None:
-        """Interrupted ones keep the place of their arrival."""
+    def enqueue(self, sequences: Iterable[Sequence]) -> None:
+        """Interrupted ones keep the place of their arrival; `dispatch` is due."""
         for sequence in sequences:
             bisect.insort(self._queue, sequence, key=_place)
-        self.dispatch()
 
     def dispatch(self) -> None:
         """Send what there is room for: due when a request or a pipeline has come, or one has room again."""
@@ -166,7 +166,8 @@ class Service:
         self._arrived.append(sequence.request)
         if self._next < len(self._sequences):
             self.clock.at(self._sequences[self._next].request.arrival_s, self._arrive)
-        self.requeue([sequence])
+        self.enqueue([sequence])
+        self.dispatch()
 
     # --- Accounts ---
 

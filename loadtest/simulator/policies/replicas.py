@@ -1,17 +1,19 @@
 """Whole replicas, as SkyServe runs them (SpotHedge, arXiv 2411.01438, section 4).
 
-A replica is a fixed number of instances with the shape that is best for them. As many replicas as the load needs are
-wanted, and `num_extra` spot replicas more; while fewer spot replicas than that are ready, on-demand replicas stand in:
-min(wanted, wanted + extra - ready). They are given back, when they have finished their requests, once spot is back. A
-lost instance ends its replica; its requests begin again elsewhere, and its other instances wait for a new one.
+A replica is a fixed number of instances with the shape that is best for them. As many replicas as the arrivals of the
+last 30 s need are wanted (fewer only if that has been enough for 20 minutes), and `num_extra` spot replicas more. While
+fewer spot replicas are ready, on-demand replicas stand in: min(wanted, wanted + extra - ready). Once spot is back they
+finish their requests and are given back. A lost instance ends its replica; its requests begin again elsewhere, and its
+other instances wait for a new one.
 
-Stronger than SkyServe: continuous batching with the best shape, the router avoids replicas under notice and their
-replacement begins at the notice, surviving instances are kept, requests are sent again at once.
+Stronger than SkyServe: continuous batching with the best shape; it scales up at once; the router avoids replicas under
+notice, and their replacement begins at the notice; surviving instances are kept; requests are sent again at once.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import Final
 
 import msgspec
@@ -24,7 +26,11 @@ from loadtest.simulator.scenario import Lifetime, Scenario, lifetimes
 from planner.protocol import Market, ParallelConfig
 
 TARGET_LOAD: Final = 0.8
-"""Of the replicas that are wanted, so that they can keep up with more than the mean."""
+"""Of the replicas that are wanted, so that they can keep up with more than what is measured."""
+SCALE_S: Final = 20.0
+"""How often the load is looked at: SkyServe's default."""
+SCALE_DOWN_S: Final = 1200.0
+"""So long fewer replicas must have been enough: SkyServe's default."""
 
 
 class Replicas:
@@ -43,6 +49,11 @@ class Sizing(msgspec.Struct, frozen=True, kw_only=True):
     config: ParallelConfig
     """Inside one replica: `data` pipelines."""
     num_wanted: int
+    """For the mean of the arrivals."""
+    most_wanted: int
+    """Whatever the arrivals are: what the largest spot fleet of the trace could hold."""
+    throughput_per_s: float
+    """Of one replica."""
 
 
 def size_replicas(scenario: Scenario) -> Sizing:
@@ -68,7 +79,16 @@ def size_replicas(scenario: Scenario) -> Sizing:
         num_wanted = max(1, math.ceil(rate_per_s / (TARGET_LOAD * per_replica)))
         key = (estimate.latency_s, -estimate.throughput_per_s, size)
         if best is None or key < best[0]:
-            best = key, Sizing(instances=size, config=config, num_wanted=num_wanted)
+            best = (
+                key,
+                Sizing(
+                    instances=size,
+                    config=config,
+                    num_wanted=num_wanted,
+                    most_wanted=max(num_wanted, sizes[-1] // size),
+                    throughput_per_s=per_replica,
+                ),
+            )
     if best is None:
         raise does_not_fit(scenario, sizes[-1])
     return best[1]
@@ -103,6 +123,9 @@ class _Run:
         """Those that are rented."""
         self._replicas: dict[str, _Replica] = {}
         self._num_made = 0
+        self._num_wanted = sizing.num_wanted
+        self._needs: deque[tuple[float, int]] = deque([(START_S, sizing.num_wanted)])
+        """What was needed when, within SCALE_DOWN_S."""
         weights = sum(self._fleet.position_bytes()) * config.data / sizing.instances
         self._load_s = weights / scenario.links.disk_bytes_per_s
 
@@ -111,6 +134,7 @@ class _Run:
             if life.market is Market.SPOT and life.usable_s <= self._scenario.trace.end_s:
                 self._schedule(life)
         self._fleet.clock.at(START_S, self._reconcile)
+        self._fleet.clock.at(SCALE_S, self._scale)
         self._fleet.run()
         return self._fleet.ledger.result(policy, self._fleet.service)
 
@@ -174,9 +198,20 @@ class _Run:
 
     # --- What is wanted ---
 
+    def _scale(self) -> None:
+        now_s = self._fleet.clock.now_s
+        self._fleet.clock.at(now_s + SCALE_S, self._scale)
+        arrivals_per_s = self._fleet.service.load().arrivals_per_s
+        num_needed = math.ceil(arrivals_per_s / (TARGET_LOAD * self._sizing.throughput_per_s))
+        self._needs.append((now_s, min(max(1, num_needed), self._sizing.most_wanted)))
+        while self._needs[0][0] < now_s - SCALE_DOWN_S:
+            self._needs.popleft()
+        self._num_wanted = max(num for _, num in self._needs)
+        self._reconcile()
+
     def _reconcile(self) -> None:
         """After everything that happens."""
-        num_wanted, size = self._sizing.num_wanted, self._sizing.instances
+        num_wanted, size = self._num_wanted, self._sizing.instances
         self._fill(Market.SPOT, num_wanted + self._num_extra, size)
         is_start = self._fleet.clock.now_s <= START_S
         serving = [r for r in self._replicas.values() if r.market is Market.SPOT and (r.serves or is_start)]

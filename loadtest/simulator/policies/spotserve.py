@@ -422,8 +422,10 @@ class Fleet:
                 sequence.lose_kv()
         for rank in planned.ranks():
             self._progress(rank, pipeline.id, Phase.STOPPED)
+        # Their heir, if it can start now, comes before others that have room, and they before others that wait.
+        self.service.enqueue(sequences)
         self._start_ready()
-        self.service.requeue(sequences)
+        self.service.dispatch()
         self._sample()
 
     def _free(self, pipeline: str) -> None:
@@ -478,8 +480,9 @@ class Fleet:
         done_s = max(self._network.move(flows, now_s, by_s=by_s).values(), default=now_s)
         if done_s > by_s:
             return None
-        if sequence.change is not None:
-            sequence.change.moved_bytes += sum(flow.num_bytes for queue in flows.values() for flow in queue)
+        if sequence.interruption is not None:
+            num_bytes = sum(flow.num_bytes for queue in flows.values() for flow in queue)
+            sequence.interruption.change.moved_bytes += num_bytes
         return done_s
 
 

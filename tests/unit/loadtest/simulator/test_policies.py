@@ -269,6 +269,18 @@ def test_replicas_do_not_rent_more_than_they_need(make_scenario, make_trace, mak
     assert result.fleet[-1].num_spot == sizing.instances * (sizing.num_wanted + 1) < 6
 
 
+def test_replicas_follow_the_load_up(make_scenario, make_trace, make_requests):
+    quiet = make_requests(20, 5.0)
+    busy = [Request(id=100 + n, arrival_s=100 + 0.15 * n, prompt_tokens=64, output_tokens=40) for n in range(600)]
+    trace = make_trace((0, "+", "a b c d e f"), end_s=200.0)
+    scenario = make_scenario(trace=trace, requests=(*quiet, *busy), memory_bytes=300_000_000)
+    sizing = size_replicas(scenario)
+    assert (sizing.instances, sizing.num_wanted, sizing.most_wanted) == (2, 1, 3)
+    result = run(Replicas(), scenario)
+    # One and an extra one, then two and an extra one.
+    assert [fleet_at(result, at_s).num_spot for at_s in (10, 199)] == [4, 6]
+
+
 def test_rerouting_keeps_its_shape_and_waits_until_a_pipeline_is_whole(make_scenario, make_trace, make_requests):
     trace = make_trace((0, "+", "a b c d"), (20, "-", "a"), (40, "-", "b"), end_s=80.0)
     # Two ranks with 100 MB each do not hold 200 MB of weights: a pipeline spans two instances.
