@@ -45,16 +45,21 @@ class Provisioning:
         targets: Targets,
         fleet: Fleet,
         plan: Plan | None,
+        peak_per_s: float,
         now_s: float,
     ) -> DesiredCapacity | None:
-        """What the fleet should have, if that has changed. `costs` is None until an instance has shown the model."""
+        """What the fleet should have, if that has changed.
+
+        `costs` is None until an instance has shown the model. `peak_per_s`: arrivals that were seen lately.
+        """
         self.is_due, self._answered_at_s = False, now_s
         statuses = fleet.statuses()
         count = FleetCount.of(statuses)
         if costs is None:
             desired = self._first(count)
         else:
-            desired = desired_capacity(costs, targets, fleet.num_ranks_per_instance(), count, self.limits)
+            num_ranks = fleet.num_ranks_per_instance()
+            desired = desired_capacity(costs, targets, num_ranks, count, self.limits, peak_per_s=peak_per_s)
             release = instances_to_release(desired, statuses, plan, fleet.kv_tokens())
             desired = msgspec.structs.replace(desired, release=release)
         if self.desired is not None and _numbers(desired) == _numbers(self.desired):

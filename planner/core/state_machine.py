@@ -481,7 +481,8 @@ class PlannerState:
                 memory_bytes = min((rank.inventory.memory_bytes for rank in ranks), default=self._memory_bytes)
                 self._memory_bytes = memory_bytes
                 costs = self._costs(self.model, memory_bytes, now_s, self._corrections)
-            desired = provisioning.answer(costs, self.targets, self.fleet, self.plan, now_s)
+            peak_per_s = self._load.peak_per_s(now_s)
+            desired = provisioning.answer(costs, self.targets, self.fleet, self.plan, peak_per_s, now_s)
         except Exception as error:  # noqa: BLE001 - as for plans: the last answer stands
             fields = {"error": f"{type(error).__name__}: {error}"}
             return [Report(event="no answer on capacity, the last one stands", fields=fields, severity=Severity.ERROR)]

@@ -202,6 +202,24 @@ async def test_the_log_is_resent_from_any_index_also_after_the_end(make_backend:
         assert not (await leader.submit(request("r1", PROMPTS["r1"]))).accepted
 
 
+async def test_a_cancelled_notice_lets_the_pipeline_go_on(make_backend: MakeBackend) -> None:
+    async with Fleet(make_backend) as fleet:
+        recorder = await fleet.serve("p1", ONE, num_kv_blocks=128)
+        leader = fleet.leaders["p1"]
+        assert (await leader.submit(request("r0", PROMPTS["r0"], max_tokens=1900))).accepted
+        await until(lambda: len(recorder.tokens("r0")) >= 1)
+        deadline_s = time.time() + 3.0  # It would stop 2 s before.
+        leader.arrange(deadline_s, 0.0)
+        assert leader.is_draining()
+        leader.carry_on()
+        assert not leader.is_draining()
+        await until(lambda: time.time() > deadline_s - 1.0 or "p1" in recorder.stopped)
+        before = len(recorder.tokens("r0"))
+        await until(lambda: len(recorder.tokens("r0")) > before + 5)
+        assert "p1" not in recorder.stopped
+        leader.cancel("r0")
+
+
 async def test_a_pipeline_under_notice_goes_on_until_its_deadline_allows(make_backend: MakeBackend) -> None:
     async with Fleet(make_backend) as fleet:
         recorder = await fleet.serve("p1", ONE, num_kv_blocks=128)

@@ -20,10 +20,14 @@ from nats.aio.client import Client
 
 from planner.protocol import (
     Arrange,
+    DesiredCapacity,
+    Explanation,
     InstanceInventory,
+    InstanceRequested,
     InstanceState,
     Market,
     ModelShape,
+    NoticeCancelled,
     Plan,
     PlannerSubjects,
     PreemptionNotice,
@@ -118,6 +122,7 @@ class Agent:
         self.name = name
         self.epoch = 0
         self.runs: str | None = None
+        self.model = SHAPE
         self.changed = asyncio.Event()
         self._server: asyncio.Server
         self._writers: list[asyncio.StreamWriter] = []
@@ -153,7 +158,7 @@ class Agent:
             instance=self.name,
             market=Market.SPOT,
             liveness_address=f"127.0.0.1:{self.port}",
-            model=SHAPE,
+            model=self.model,
             ranks=[
                 RankInventory(
                     rank=f"{self.name}-0",
@@ -186,9 +191,9 @@ async def until(condition: Callable[[], T | None], timeout_s: float) -> T:
 
 
 class Stack:
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, **settings: str) -> None:
         self.server = NatsServer(directory / "nats")
-        self.planner = Planner(self.server.url, directory / "planner.log")
+        self.planner = Planner(self.server.url, directory / "planner.log", **settings)
         self.agents: dict[str, Agent] = {}
         self.plans: list[tuple[float, Plan]] = []
         self.arranges: list[Arrange] = []
@@ -261,13 +266,23 @@ async def ignore(_error) -> None:
 
 
 @pytest.fixture
-async def stack(tmp_path):
-    stack = Stack(tmp_path)
-    try:
-        await stack.start()
-        yield stack
-    finally:
+async def make_stack(tmp_path):
+    stacks = []
+
+    async def make(**settings: str) -> Stack:
+        """`settings` of the planner."""
+        stacks.append(Stack(tmp_path, **settings))
+        await stacks[-1].start()
+        return stacks[-1]
+
+    yield make
+    for stack in stacks:
         await stack.close()
+
+
+@pytest.fixture
+async def stack(make_stack):
+    return await make_stack()
 
 
 async def test_join_notice_kill_and_status(stack):
@@ -297,6 +312,72 @@ async def test_join_notice_kill_and_status(stack):
     bucket = await js.key_value(SUBJECTS.plan_bucket)
     kept = msgspec.msgpack.decode((await bucket.get("current")).value, type=Plan)
     assert kept == stack.plan
+
+
+async def test_cancelled_notice_takes_the_plan_back(stack):
+    await stack.join("i1", "i2")
+    before = stack.plan
+    js = stack.nc.jetstream()
+    await js.publish(SUBJECTS.capacity("i3"), encode(InstanceRequested(instance="i3", market=Market.ON_DEMAND)))
+    await js.publish(SUBJECTS.capacity("i2"), encode(PreemptionNotice(instance="i2", deadline_s=time.time() + 30)))
+    await stack.not_serving("i2", 2)
+    await js.publish(SUBJECTS.capacity("i2"), encode(NoticeCancelled(instance="i2")))
+    plan = await stack.serving("i2", timeout_s=2)
+    assert plan.epoch == before.epoch + 2
+    assert len(plan.pipelines) == 2
+    status = await stack.status()
+    states = {i.id: (i.state, i.deadline_s) for i in status.instances}
+    assert states["i2"] == (InstanceState.READY, None)
+    assert states["i3"][0] is InstanceState.REQUESTED
+    assert (status.advisory, status.num_failed_decisions, status.desired) == (False, 0, None)
+
+
+async def test_desired_capacity_and_advice_are_kept_and_announced(make_stack):
+    stack = await make_stack(advisory="1", data="2", max_spot="4", min_spot="1", candidate_pool="0")
+    announced = []
+
+    async def take_desired(message) -> None:
+        announced.append(msgspec.msgpack.decode(message.data, type=DesiredCapacity))
+
+    await stack.nc.subscribe(SUBJECTS.desired, cb=take_desired)
+    await stack.join("i1")
+    first = stack.plan
+    stack.agents["i2"] = Agent("i2")
+    await stack.agents["i2"].start(stack.nc)
+    await until(lambda: "advice cause=" in stack.planner.text(), 5)
+    await until(lambda: announced and announced[-1].spot == 2, 5)
+    status = await stack.status()
+    assert status.plan == first, "that i2 joined is no reason to act"
+    assert status.advisory
+    assert status.history[0].advisory
+    assert "i2 joined" in status.history[0].cause
+    js = stack.nc.jetstream()
+    kept = await (await js.key_value(SUBJECTS.fleet_bucket)).get("desired")
+    assert msgspec.msgpack.decode(kept.value, type=DesiredCapacity) == announced[-1] == status.desired
+    advice = await (await js.key_value(SUBJECTS.plan_bucket)).get("advice")
+    assert msgspec.msgpack.decode(advice.value, type=Explanation) == status.history[0]
+
+
+async def test_a_decision_that_fails_leaves_the_plan_and_is_shown(stack):
+    await stack.join("i1")
+    before = stack.plan
+    agent = stack.agents["i1"]
+    agent.model = msgspec.structs.replace(SHAPE, kv_block_tokens=0)
+    agent.changed.set()
+    broken = stack.agents["i2"] = Agent("i2")
+    broken.model = agent.model
+    await broken.start(stack.nc)
+    await until(lambda: "ERROR planner decision failed, the last plan stands" in stack.planner.text(), 10)
+    status = await stack.status()
+    assert status.plan == before
+    assert status.num_failed_decisions >= 1
+    assert status.last_failure
+    broken.kill()
+    await until(lambda: "instance lost instance=i2" in stack.planner.text(), 5)
+    agent.model = SHAPE
+    agent.changed.set()
+    await stack.join("i3")
+    assert (await stack.status()).last_failure == ""
 
 
 async def test_silent_instance_is_lost(stack):
