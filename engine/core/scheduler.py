@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections import deque
+from collections import Counter, deque
 
 import msgspec
 
@@ -75,7 +75,7 @@ class Scheduler:
         self._sequences: dict[SequenceKey, Sequence] = {}
         # Waiting, by priority.
         self._waiting: list[Sequence] = []
-        # Running and in no step; in the order in which they came back.
+        # Running, with tokens to feed; in the order in which they came back.
         self._ready: dict[SequenceKey, Sequence] = {}
         self._retiring: dict[SequenceKey, Sequence] = {}
         # Retiring or finished, kept for `resend`; the oldest first.
@@ -171,6 +171,7 @@ class Scheduler:
 
         Decodes go first, then prefill chunks, up to `max_step_tokens` rows. Running sequences are spread evenly
         over the micro-batches: a step takes its share of those that are ready, so that the other stages get theirs.
+        The chunks of one prompt follow each other through the stages: none waits for the one before to return.
         """
         self._now_s = now_s
         num_free_steps = self.limits.num_micro_batches - len(self._steps)
@@ -185,24 +186,23 @@ class Scheduler:
             most_rows = min(num_rows_left, SCORED_ROWS) if sequence.scores_prompt else num_rows_left
             num_rows = min(most_rows, sequence.num_to_feed)
             # One that was evicted for another in this loop is not ready any more.
-            if sequence.key in self._ready and self._grow(sequence, sequence.num_computed + num_rows):
+            if sequence.key in self._ready and self._grow(sequence, sequence.num_fed + num_rows):
                 in_flight.append((self._slice(sequence, num_rows), sequence))
-                del self._ready[sequence.key]
+                self._feed(sequence, num_rows)
                 num_rows_left -= num_rows
                 num_slices_left -= 1
         if not in_flight:
             return None
         self._num_steps += 1
-        for _, sequence in in_flight:
-            sequence.step_id = self._num_steps
         self._steps[self._num_steps] = in_flight
         self._tell("schedule", self._num_steps, *(s.key for _, s in in_flight))
         return Step(self._num_steps, [slice_ for slice_, _ in in_flight])
 
     def commit(self, step_id: int, sampled: list[int], now_s: float, extras: StepExtras = NO_EXTRAS) -> list[OutEntry]:
-        """A step has run: one sampled id for each slice with `samples`, in order. Steps may return in any order.
+        """A step has run: one sampled id for each slice with `samples`, in order.
 
-        Raises ProtocolError, with no change, for a step that is not in flight or a wrong number of ids.
+        Raises ProtocolError, with no change, for a step that is not in flight, a wrong number of ids, or a step that
+        returns before an earlier chunk of one of its prompts.
         """
         self._now_s = now_s
         if step_id not in self._steps:
@@ -210,13 +210,16 @@ class Scheduler:
         num_samples = sum(slice_.samples for slice_, _ in self._steps[step_id])
         if len(sampled) != num_samples:
             raise ProtocolError(f"step {step_id} samples {num_samples} tokens, not {len(sampled)}")
+        for slice_, sequence in self._steps[step_id]:
+            if slice_.context_tokens != sequence.num_computed:
+                raise ProtocolError(f"step {step_id} has overtaken an earlier one of {sequence.key}")
         self._tell("commit", step_id, sampled)
         ids = iter(sampled)
         out = []
         for slice_, sequence in self._steps.pop(step_id):
             token_id = next(ids) if slice_.samples else None
+            sequence.num_computed += len(slice_.token_ids)
             if self._came_back(sequence):
-                sequence.num_computed += len(slice_.token_ids)
                 self._index_blocks(sequence)
                 if slice_.num_logits and sequence.scores_prompt:
                     sequence.prompt_logprobs += extras.prompt_logprobs.get(sequence.key, [])
@@ -235,7 +238,7 @@ class Scheduler:
         self._now_s = now_s
         self._tell("pull_done", key, ok)
         retiring = self._retiring.get(key)
-        if retiring is not None and retiring.step_id is None:
+        if retiring is not None and not retiring.num_steps:
             self._retire(retiring)
             return
         sequence = self._sequences.get(key)
@@ -244,7 +247,7 @@ class Scheduler:
         sequence.apply(Event.PULLED)
         sequence.pull_s += pull_s
         if ok:
-            sequence.pulled_tokens = sequence.num_computed = sequence.kv_source.num_tokens
+            sequence.pulled_tokens = sequence.num_computed = sequence.num_fed = sequence.kv_source.num_tokens
             self._index_blocks(sequence)
         sequence.kv_source = None
         self._ready[key] = sequence
@@ -306,7 +309,8 @@ class Scheduler:
 
     def _check_queues(self) -> None:
         in_flight = [s for step in self._steps.values() for _, s in step]
-        assert len({id(s) for s in in_flight}) == len(in_flight), "a sequence is in two steps"
+        num_steps = Counter(id(s) for s in in_flight)
+        assert all(num_steps[id(s)] == s.num_steps for s in self._owners()), "a step does not know its sequence"
         assert len(self._steps) <= self.limits.num_micro_batches, "too many steps in flight"
         assert self._num_slots_taken() <= self.limits.max_batch, "too many sequences with blocks"
         assert self._waiting == sorted(self._waiting, key=lambda s: s.priority), "waiting out of order"
@@ -314,21 +318,18 @@ class Scheduler:
         assert {s.key for s in self._waiting} == {k for k, v in states if v is State.WAITING}, "waiting"
         assert all(s.state is State.RETIRING for s in self._retiring.values()), "retiring"
         assert set(self._ready) == {
-            s.key for s in self._sequences.values() if s.state is State.RUNNING and s.step_id is None
+            s.key for s in self._sequences.values() if s.state is State.RUNNING and s.num_to_feed
         }, "ready"
-        assert all(s.step_id in self._steps for s in in_flight), "a step does not know its sequence"
 
     def _check_sequence(self, s: Sequence) -> None:
-        what = f"{s.key} ({s.state}, {s.num_computed} of {len(s.tokens)} tokens, step {s.step_id}): "
-        assert s.step_id is None or s.state in (State.RUNNING, State.RETIRING), what + "in a step"
-        assert s.step_id is None or any(s is other for _, other in self._steps[s.step_id]), what + "step"
+        what = f"{s.key} ({s.state}, {s.num_computed}, {s.num_fed} of {len(s.tokens)} tokens, {s.num_steps} steps): "
+        assert not s.num_steps or s.state in (State.RUNNING, State.RETIRING), what + "in a step"
+        slices = [slice_ for step in self._steps.values() for slice_, other in step if other is s]
+        assert s.num_fed == s.num_computed + sum(len(slice_.token_ids) for slice_ in slices), what + "fed"
+        assert s.num_fed <= len(s.tokens), what + "fed what it does not have"
         assert bool(s.blocks) == (s.state is not State.WAITING), what + f"blocks {s.blocks}"
         assert s.num_computed < len(s.tokens), what + "nothing to feed"
-        assert len(s.blocks) >= self._blocks.blocks_for(s.num_computed), what + "table too short"
-        if s.state is State.RUNNING and s.step_id is not None:
-            rows = next(len(slice_.token_ids) for slice_, other in self._steps[s.step_id] if other is s)
-            num_tokens = s.num_computed + rows
-            assert len(s.blocks) >= self._blocks.blocks_for(num_tokens), what + "table too short for its step"
+        assert len(s.blocks) >= self._blocks.blocks_for(s.num_fed), what + "table too short"
         if s.state in (State.WAITING, State.PULLING):
             assert not s.num_computed, what + "KV that it cannot have"
         if s.state is State.PARKED:
@@ -381,7 +382,8 @@ class Scheduler:
             sequence.blocks = blocks
             if source is None:
                 sequence.prefix_node, sequence.num_indexed = prefix.node, len(prefix.blocks)
-                sequence.num_computed = sequence.reused_tokens = len(prefix.blocks) * self.limits.block_tokens
+                num_reused = len(prefix.blocks) * self.limits.block_tokens
+                sequence.num_computed = sequence.num_fed = sequence.reused_tokens = num_reused
             num_slots_taken += 1
             self._waiting.remove(sequence)
             order = self._start(sequence, source)
@@ -454,7 +456,8 @@ class Scheduler:
     def _share(self, num_free_steps: int) -> int:
         # The first bound fills the steps that are free now; the second keeps one micro-batch from swallowing
         # all newcomers for good, since only its members are ready when it returns.
-        num_running = len(self._ready) + sum(len(step) for step in self._steps.values())
+        in_flight = {s.key for step in self._steps.values() for _, s in step}
+        num_running = len(in_flight | self._ready.keys())
         return min(-(-len(self._ready) // num_free_steps), -(-num_running // self.limits.num_micro_batches))
 
     def _by_urgency(self) -> list[Sequence]:
@@ -471,7 +474,8 @@ class Scheduler:
         blocks = self._blocks.allocate(num_missing)
         while blocks is None:
             # Those in a step come back; never evicting an older one for a younger makes sure that it ends.
-            youngest = max(self._ready.values(), key=lambda s: s.priority)
+            at_rest = [s for s in self._ready.values() if not s.num_steps or s is sequence]
+            youngest = max(at_rest, key=lambda s: s.priority)
             if youngest is sequence:
                 return False
             self._evict(youngest)
@@ -484,12 +488,12 @@ class Scheduler:
         self._tell("evict", sequence.key)
         del self._ready[sequence.key]
         self._free_blocks(sequence)
-        sequence.num_computed = sequence.pulled_tokens = sequence.reused_tokens = 0
+        sequence.num_computed = sequence.num_fed = sequence.pulled_tokens = sequence.reused_tokens = 0
         sequence.prefix_node, sequence.num_indexed = ROOT, 0
         self._queue(sequence)
 
     def _slice(self, sequence: Sequence, num_rows: int) -> StepSlice:
-        first, last = sequence.num_computed, sequence.num_computed + num_rows
+        first, last = sequence.num_fed, sequence.num_fed + num_rows
         return StepSlice(
             key=sequence.key,
             token_ids=sequence.tokens[first:last],
@@ -512,14 +516,18 @@ class Scheduler:
             sequence.prefix_node = self._blocks.add_prefix(sequence.prefix_node, tokens, sequence.blocks[i])
             sequence.num_indexed = i + 1
 
+    def _feed(self, sequence: Sequence, num_rows: int) -> None:
+        sequence.num_fed += num_rows
+        sequence.num_steps += 1
+        if not sequence.num_to_feed:
+            del self._ready[sequence.key]
+
     def _came_back(self, sequence: Sequence) -> bool:
-        """Take it out of its step; whether it is still wanted."""
-        sequence.step_id = None
-        if sequence.state is State.RETIRING:
+        """Take it out of a step; whether it is still wanted."""
+        sequence.num_steps -= 1
+        if sequence.state is State.RETIRING and not sequence.num_steps:
             self._retire(sequence)
-            return False
-        self._ready[sequence.key] = sequence
-        return True
+        return sequence.state is State.RUNNING
 
     def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> OutEntry:
         index = sequence.num_committed
@@ -534,6 +542,8 @@ class Scheduler:
         sequence.resumes = False
         if sequence.finish is not None:
             self._end(sequence)
+        else:
+            self._ready[sequence.key] = sequence
         return OutEntry(sequence.request.gateway, sequence.entry(index, resume))
 
     # --- Ends -------------------------------------------------------------------------------------------------
@@ -545,7 +555,7 @@ class Scheduler:
         self._ready.pop(sequence.key, None)
         if sequence.state is State.WAITING:
             self._waiting.remove(sequence)
-        if sequence.state is State.PULLING or sequence.step_id is not None:
+        if sequence.state is State.PULLING or sequence.num_steps:
             sequence.apply(Event.RETIRE)
             self._retiring[sequence.key] = sequence
         else:

@@ -83,8 +83,10 @@ class Sequence:
     """Block table: token at position p lies in block `blocks[p // block_tokens]`."""
     num_computed: int = 0
     """KV exists for `tokens[:num_computed]`; never for the newest token, which the next step feeds."""
-    step_id: int | None = None
-    """The step in flight that it is in."""
+    num_fed: int = 0
+    """`tokens[:num_fed]` have KV, or are in a step in flight."""
+    num_steps: int = 0
+    """Steps in flight that it is in: several only in prefill, a chunk in each."""
     kv_source: KvSource | None = field(init=False)
     """KV that can still be pulled; None once that was done, has failed, or was decided against."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -119,8 +121,8 @@ class Sequence:
 
     @property
     def num_to_feed(self) -> int:
-        """Tokens without KV: 1 in decode, more in prefill; at least 1 while it runs."""
-        return len(self.tokens) - self.num_computed
+        """Tokens that were in no step yet: 1 in decode, more in prefill; 0 until the step with its newest returns."""
+        return len(self.tokens) - self.num_fed
 
     @property
     def scores_prompt(self) -> bool:

@@ -28,6 +28,7 @@ def make_backend(request: pytest.FixtureRequest, model_dir: Path) -> MakeBackend
             reduction="fixed",
             kv_transfer="always",
             cache_dir=model_dir.parent / "cache",
+            max_step_tokens=16,  # Prompts come in chunks.
         )
         return TorchBackend(settings, rank)
 

@@ -338,6 +338,69 @@ def test_sequences_are_spread_over_the_micro_batches(num_sequences, sizes):
     assert scheduler.schedule(0.0) is None
 
 
+def test_the_chunks_of_a_lone_prompt_keep_all_stages_busy():
+    scheduler = make_scheduler(num_micro_batches=3, max_step_tokens=4)
+    submit(scheduler, num_prompt=18)
+    scheduler.tick(0.0)
+    steps = [scheduler.schedule(0.0) for _ in range(3)]
+    assert [(s.slices[0].context_tokens, len(s.slices[0].token_ids)) for s in steps] == [(0, 4), (4, 4), (8, 4)]
+    assert scheduler.schedule(0.0) is None
+    with pytest.raises(ProtocolError, match="overtaken"):
+        scheduler.commit(steps[1].step_id, [], 0.0)
+    assert scheduler.commit(steps.pop(0).step_id, [], 0.0) == []
+    scheduler.check_invariants()
+    steps.append(scheduler.schedule(0.0))
+    scheduler.commit(steps.pop(0).step_id, [], 0.0)
+    steps.append(scheduler.schedule(0.0))
+    assert [s.slices[0].context_tokens for s in steps] == [8, 12, 16]
+    assert steps[-1].slices[0].samples
+    scheduler.commit(steps.pop(0).step_id, [], 0.0)
+    assert scheduler.schedule(0.0) is None, "the first token must come back before it is fed"
+    scheduler.commit(steps.pop(0).step_id, [], 0.0)
+    [out] = scheduler.commit(steps.pop(0).step_id, [7], 0.0)
+    assert out.entry.ids == [7]
+    assert [s.token_ids for s in scheduler.schedule(0.0).slices] == [[7]]
+    scheduler.check_invariants()
+
+
+def test_a_cancelled_prompt_keeps_its_blocks_until_all_its_chunks_are_back():
+    scheduler = make_scheduler(num_micro_batches=2, max_step_tokens=4)
+    submit(scheduler, num_prompt=12)
+    scheduler.tick(0.0)
+    steps = [scheduler.schedule(0.0), scheduler.schedule(0.0)]
+    scheduler.cancel("a", 0.0)
+    for step in steps:
+        assert scheduler.counts().free_kv_blocks == 61
+        scheduler.check_invariants()
+        assert scheduler.commit(step.step_id, [], 0.0) == []
+    assert scheduler.counts().free_kv_blocks == 64
+
+
+def test_a_prompt_with_chunks_in_flight_is_not_evicted():
+    scheduler = make_scheduler(num_blocks=9, block_tokens=2, num_micro_batches=2, max_step_tokens=2)
+    submit(scheduler, "old", num_prompt=3, sampling={"max_tokens": 12})
+    run_step(scheduler)
+    run_step(scheduler)
+    submit(scheduler, "young", prompt_ids=[1] * 12, sampling={"max_tokens": 1})
+    scheduler.tick(0.0)
+    steps = [scheduler.schedule(0.0), scheduler.schedule(0.0)]
+    launched = list(steps)
+    num_stalls, ended = 0, []
+    while steps:
+        step = steps.pop(0)
+        out = scheduler.commit(step.step_id, [5] * sum(s.samples for s in step.slices), 0.0)
+        ended += [o.entry.request_id for o in out if o.entry.finish]
+        step = scheduler.schedule(0.0)
+        num_stalls += step is not None and not scheduler.counts().free_kv_blocks and "old" not in rows(step)
+        steps += [] if step is None else [step]
+        launched += steps[-1:]
+        scheduler.check_invariants()
+    assert num_stalls, "the older one was to need a block meanwhile"
+    chunks = {s.context_tokens for step in launched for s in step.slices if s.key.request_id == "young"}
+    assert chunks == {0, 2, 4, 6, 8, 10}, "never from its beginning again"
+    assert ended == ["young", "old"]
+
+
 def test_newcomers_do_not_all_stay_in_the_micro_batch_that_met_them():
     scheduler = make_scheduler(num_micro_batches=2)
     submit(scheduler, "0", num_prompt=1, sampling={"max_tokens": 50})
