@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import secrets
 import signal
 import socket
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 import uvicorn
 
@@ -26,7 +22,6 @@ from gateway.settings import Settings
 
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
-_PARENT_POLL_S = 0.5
 
 
 class _Server(uvicorn.Server):
@@ -43,8 +38,6 @@ class _Server(uvicorn.Server):
 
 def main() -> int:
     """Run until SIGTERM or SIGINT; 2 if it cannot start."""
-    if os.environ.get("SPOTSERVE_DIE_WITH_PARENT") == "1":
-        _die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         settings = Settings.from_env(os.environ, gateway_id=f"gw-{secrets.token_hex(3)}")
@@ -98,32 +91,6 @@ def _listen(host: str, port: int) -> socket.socket:
         hint = "choose another port with --port (SPOTSERVE_GATEWAY_PORT)"
         raise SettingsError(f"cannot listen on {host} port {port}", f"{error.strerror}; {hint}") from error
     return listener
-
-
-def _die_with_parent() -> None:
-    """End at once when the process that started this one ends: there is nobody left to stop it."""
-    parent = os.getppid()
-
-    def check(*_: int | FrameType | None) -> None:
-        if os.getppid() != parent:
-            os._exit(1)
-
-    if platform.system() == "Linux":
-        import ctypes
-
-        # The kernel's signal also comes when only the parent's thread ends: hence the check.
-        set_parent_death_signal = 1
-        signal.signal(signal.SIGHUP, check)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGHUP)
-        check()
-        return
-
-    def watch() -> None:
-        while True:
-            time.sleep(_PARENT_POLL_S)
-            check()
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

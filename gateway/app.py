@@ -17,10 +17,11 @@ from litestar.types import Message, Scope
 from opentelemetry.trace import Tracer
 
 from gateway.errors import ApiError, server_error
-from gateway.routes import generation, health, models, tokenize
+from gateway.routes import generation, health, models, responses, tokenize
 from gateway.services.bus import Bus
 from gateway.services.dispatcher import Dispatcher
 from gateway.services.front import Front
+from gateway.services.responses import Responses
 from gateway.services.tokenizer import TextTokenizer
 from gateway.settings import Settings
 
@@ -34,6 +35,8 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
     """The application; its NATS connection is made at start-up, in the background. `app.state.front` serves it."""
     bus = Bus(settings.nats_url, settings.model, settings.gateway_id)
     dispatcher = Dispatcher(settings, bus)
+    front = Front(settings, tokenizer, dispatcher, tracer)
+    kept = Responses(front, bus, settings.model)
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
@@ -41,6 +44,7 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
         try:
             yield
         finally:
+            await kept.close()
             await dispatcher.close()
 
     return Litestar(
@@ -49,6 +53,10 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
             generation.completions,
             models.list_models,
             models.get_model,
+            responses.create_response,
+            responses.get_response,
+            responses.cancel_response,
+            responses.delete_response,
             tokenize.tokenize,
             tokenize.detokenize,
             tokenize.version,
@@ -57,7 +65,7 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
             health.requests,
         ],
         lifespan=[lifespan],
-        state=State({"front": Front(settings, tokenizer, dispatcher, tracer)}),
+        state=State({"front": front, "responses": kept}),
         exception_handlers={
             ApiError: _on_api_error,
             HTTPException: _on_http_exception,

@@ -150,7 +150,7 @@ def merge(deltas: Sequence[Delta]) -> Delta:
     return Delta(
         "".join(delta.text for delta in deltas),
         [token_id for delta in deltas for token_id in delta.token_ids],
-        deltas[-1].finish_reason if deltas else None,
+        next((delta.finish_reason for delta in reversed(deltas) if delta.finish_reason is not None), None),
         [score for delta in deltas for score in delta.scores],
         next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None), None),
         "".join(delta.reasoning for delta in deltas),
@@ -180,6 +180,7 @@ class ChoiceFold:
         """Of the text that the stop scanner has let pass."""
         self.num_tokens = 0
         """Completion tokens: all up to the end, an end-of-sequence token or stop string included."""
+        self.num_reasoning_tokens = 0
         self.sum_logprob = 0.0
         """Of all these tokens, if logprobs were asked for."""
         self.finish_reason: str | None = None
@@ -197,6 +198,8 @@ class ChoiceFold:
         """
         if self._has_finished():
             return Delta("", [])
+        if self._parser is not None and len(ids) > 1:
+            return self._push_each(ids, finish, logprobs, prompt_logprobs)
         pieces: list[str] = []
         used: list[int] = []
         for position, token_id in enumerate(ids):
@@ -220,6 +223,7 @@ class ChoiceFold:
         visible = "".join(pieces)
         self._num_visible_chars += len(visible)
         parsed = self._parse(visible)
+        self.num_reasoning_tokens += len(used) if parsed.reasoning and not parsed.content else 0
         return Delta(
             parsed.content,
             used,
@@ -228,6 +232,27 @@ class ChoiceFold:
             prompt_logprobs,
             parsed.reasoning,
             parsed.tool_calls,
+        )
+
+    def _push_each(
+        self,
+        ids: Sequence[int],
+        finish: str | None,
+        logprobs: Sequence[TokenLogprobs] | None,
+        prompt_logprobs: list[TokenLogprobs | None] | None,
+    ) -> Delta:
+        """Token by token: which tokens are reasoning must not depend on the frames."""
+        last = len(ids) - 1
+        return merge(
+            [
+                self.push(
+                    [token_id],
+                    finish if position == last else None,
+                    logprobs[position : position + 1] if logprobs is not None else None,
+                    prompt_logprobs if position == 0 else None,
+                )
+                for position, token_id in enumerate(ids)
+            ]
         )
 
     def _has_finished(self) -> bool:

@@ -20,7 +20,16 @@ def event(payload: dict[str, Any]) -> bytes:
     JSON leaves three line breaks of Unicode as they are, and clients that read by `str.splitlines` (httpx'
     `aiter_lines`, for one) would cut the event there: they are escaped.
     """
+    return b"data: " + _one_line(payload) + b"\n\n"
+
+
+def named_event(payload: dict[str, Any]) -> bytes:
+    """An event of the Responses API, named by its `type`."""
+    return b"event: " + str(payload["type"]).encode() + b"\n" + event(payload)
+
+
+def _one_line(payload: dict[str, Any]) -> bytes:
     data = orjson.dumps(payload)
     if UNICODE_LINE_BREAKS.search(data):
         data = UNICODE_LINE_BREAKS.sub(lambda found: ESCAPED[found[0]], data)
-    return b"data: " + data + b"\n\n"
+    return data

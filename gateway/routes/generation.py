@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from litestar import Request, post
 from litestar.types import ASGIApp
 
-from gateway.core.messages import prompts_of, template_messages, without_tools
+from gateway.core.messages import prompts_of
 from gateway.core.tools.definitions import tool_use
-from gateway.errors import TemplateRefused, bad_request
-from gateway.openai import ChatBody, ChatMessage, CompletionBody, GenerationBody, parse
-from gateway.routes.replies import ClientGone, JsonReply, NoReply, StreamReply, json_body, unless_gone
+from gateway.errors import bad_request
+from gateway.openai import ChatBody, CompletionBody, GenerationBody, parse
+from gateway.routes.replies import ClientGone, JsonReply, NoReply, StreamReply, json_body, next_bytes, unless_gone
 from gateway.services.answer import Answer
 from gateway.services.front import CHAT, COMPLETION, Front, Prompt
 
@@ -29,7 +28,7 @@ async def chat_completions(request: Request[Any, Any, Any]) -> ASGIApp:
     body = parse(data, ChatBody)
     front.check_model(body.model)
     tools = tool_use(body)
-    prompt = await _maybe_in_thread(data, _chat_prompt, front, body)
+    prompt = await _maybe_in_thread(data, front.chat_prompt, body)
     shape = await front.structure.shape(body, tools, prompt.text)
     answer = front.start(CHAT, body, [prompt], request.headers, grammar=shape.grammar, parser=shape.parser)
     return await _reply(request, front, body, answer)
@@ -60,7 +59,7 @@ async def _reply(request: Request[Any, Any, Any], front: Front, body: Generation
             continuous_usage=body.continuous_usage,
             keep_alive_s=front.settings.keep_alive_s,
         )
-        first = await unless_gone(request.receive, _next(events))
+        first = await unless_gone(request.receive, next_bytes(events))
     except ClientGone:
         answer.close()
         return NoReply()
@@ -70,37 +69,10 @@ async def _reply(request: Request[Any, Any, Any], front: Front, body: Generation
     return StreamReply(first, events, answer.close)
 
 
-async def _next(events: Any) -> bytes:
-    data: bytes = await anext(events)
-    return data
-
-
 async def _maybe_in_thread(data: bytes, work: Any, *args: Any) -> Any:
     if len(data) > _LONG_BODY_BYTES:
         return await asyncio.to_thread(work, *args)
     return work(*args)
-
-
-def _chat_prompt(front: Front, body: ChatBody) -> Prompt:
-    return chat_prompt(front, body.messages, tools=body.tools, variables=body.chat_template_kwargs)
-
-
-def chat_prompt(
-    front: Front,
-    messages: list[ChatMessage],
-    *,
-    tools: Sequence[Mapping[str, Any]] | None,
-    variables: Mapping[str, Any] | None,
-) -> Prompt:
-    """The rendered messages; the template writes the special tokens itself. Raises ApiError (400)."""
-    rendered = template_messages(messages)
-    if not front.tokenizer.knows_tools:
-        rendered, tools = without_tools(rendered, front.structure.tool_format, tools), None
-    try:
-        text = front.tokenizer.render_chat(rendered, tools=tools, variables=variables)
-    except TemplateRefused as error:
-        raise bad_request(f"The chat template refuses the messages: {error}"[:500], "messages") from error
-    return Prompt(front.tokenizer.encode(text, add_special_tokens=False), text)
 
 
 def _completion_prompts(front: Front, body: CompletionBody) -> list[Prompt]:

@@ -96,6 +96,11 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
+async def next_bytes(events: AsyncIterator[bytes]) -> bytes:
+    """The next ones; a coroutine, as `unless_gone` wants it."""
+    return await anext(events)
+
+
 async def json_body(request: Request[Any, Any, Any]) -> bytes:
     """The body of a JSON request. Raises ApiError: 415 for another content type, 400 for an empty one."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()

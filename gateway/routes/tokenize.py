@@ -12,7 +12,6 @@ from litestar.types import ASGIApp
 from gateway.core.messages import checked_ids
 from gateway.errors import bad_request
 from gateway.openai import ChatMessage, decode
-from gateway.routes.generation import chat_prompt
 from gateway.routes.replies import JsonReply, json_body
 from gateway.services.front import Front
 
@@ -71,4 +70,4 @@ def _ids(front: Front, body: TokenizeBody) -> list[int]:
     variables = dict(body.chat_template_kwargs or {})
     if body.add_generation_prompt is not None:
         variables["add_generation_prompt"] = body.add_generation_prompt
-    return chat_prompt(front, body.messages, tools=body.tools, variables=variables).ids
+    return front.render(body.messages, tools=body.tools, variables=variables).ids

@@ -20,6 +20,7 @@ class Answer:
 
     def __init__(
         self,
+        answer_id: str,
         dispatcher: Dispatcher,
         generation: Generation,
         response_format: ResponseFormat,
@@ -31,6 +32,7 @@ class Answer:
         num_kept: int = 1,
     ) -> None:
         """`folds` by choice; of each prompt's `num_drawn` choices the `num_kept` best are answered."""
+        self.id = answer_id
         self._dispatcher = dispatcher
         self._generation = generation
         self._format = response_format
@@ -46,7 +48,8 @@ class Answer:
     def usage(self) -> Usage:
         """So far."""
         num_completion_tokens = sum(fold.num_tokens for fold in self._folds)
-        return Usage(self._num_prompt_tokens, num_completion_tokens, self._num_cached_tokens)
+        num_reasoning_tokens = sum(fold.num_reasoning_tokens for fold in self._folds)
+        return Usage(self._num_prompt_tokens, num_completion_tokens, self._num_cached_tokens, num_reasoning_tokens)
 
     async def deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         """(choice, delta) until all choices have finished. Raises ApiError if the request fails."""

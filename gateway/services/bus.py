@@ -14,6 +14,7 @@ import nats.errors
 import nats.js.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.js import JetStreamContext
 
 from engine.protocol import (
     CancelRequest,
@@ -62,6 +63,9 @@ class Bus:
         self._gateway_id = gateway_id
         self._engine = EngineSubjects(model)
         self._planner = PlannerSubjects(model)
+        self.on_response_cancelled: Callable[[str], None] = lambda _: None
+        """Told the id of a background response that somebody has cancelled."""
+        self._cancelled_responses = f"{self._planner.prefix}.responses.cancel"
         self._client = Client()
         self._encoder = msgspec.msgpack.Encoder()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -106,6 +110,15 @@ class Bus:
 
     async def cancel(self, pipeline: str, request_id: str) -> None:
         await self._publish(self._engine.cancel(pipeline), CancelRequest(request_id=request_id))
+
+    async def cancel_response(self, response_id: str) -> None:
+        """Tell all gateways of the model that this background response is not wanted any more."""
+        if self.connected:
+            await self._client.publish(self._cancelled_responses, response_id.encode())
+
+    def jetstream(self) -> JetStreamContext:
+        """For what is kept beside the log."""
+        return self._client.jetstream(timeout=2.0)
 
     async def release(self, rank: str, message: ReleaseKv) -> None:
         await self._publish(self._engine.release(rank), message)
@@ -178,6 +191,7 @@ class Bus:
         await self._subscribe(self._engine.all_tokens_of(self._gateway_id), TokenFrame, listener.on_frame)
         await self._subscribe(self._engine.all_states, PipelineState, listener.on_state)
         await self._subscribe(self._planner.plan, Plan, listener.on_plan)
+        await self._client.subscribe(self._cancelled_responses, cb=self._receive_cancelled)
         listener.on_connected()
         while True:
             self._plan_wanted.clear()
@@ -186,6 +200,9 @@ class Bus:
             await asyncio.sleep(_MIN_PLAN_POLL_S)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._plan_wanted.wait(), _PLAN_POLL_S)
+
+    async def _receive_cancelled(self, message: Msg) -> None:
+        self.on_response_cancelled(message.data.decode("utf-8", "replace"))
 
     async def _read_plan(self, listener: Listener) -> None:
         """The plan that is kept, for a gateway that came later or missed the announcement."""

@@ -8,16 +8,18 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from opentelemetry.trace import Tracer
 
 from gateway.core.fold import ChoiceFold
+from gateway.core.messages import template_messages, without_tools
 from gateway.core.parsing import OutputParser
 from gateway.core.response_format import ChatFormat, CompletionFormat, Extras, Header
 from gateway.core.sampling import ModelLimits, sampling_params
-from gateway.errors import bad_request, model_not_found
-from gateway.openai import MAX_CHOICES, ChatBody, CompletionBody, GenerationBody
+from gateway.errors import TemplateRefused, bad_request, model_not_found
+from gateway.openai import MAX_CHOICES, ChatBody, ChatMessage, CompletionBody, GenerationBody
 from gateway.services.answer import Answer
 from gateway.services.dispatcher import ChoiceSpec, Dispatcher
 from gateway.services.structure import Structure
@@ -35,6 +37,7 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 
 CHAT = Endpoint("chat", "chatcmpl-", ChatFormat)
+RESPONSE = Endpoint("chat", "resp_", ChatFormat)
 COMPLETION = Endpoint("text_completion", "cmpl-", CompletionFormat)
 
 
@@ -82,6 +85,27 @@ class Front:
             vocab_size=self.tokenizer.vocab_size,
             eos_token_ids=self.tokenizer.eos_token_ids,
         )
+
+    def chat_prompt(self, body: ChatBody) -> Prompt:
+        """The prompt of a conversation. Raises ApiError (400)."""
+        return self.render(body.messages, tools=body.tools, variables=body.chat_template_kwargs)
+
+    def render(
+        self,
+        messages: list[ChatMessage],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> Prompt:
+        """Messages as the chat template writes them, special tokens included. Raises ApiError (400)."""
+        rendered = template_messages(messages)
+        if not self.tokenizer.knows_tools:
+            rendered, tools = without_tools(rendered, self.structure.tool_format, tools), None
+        try:
+            text = self.tokenizer.render_chat(rendered, tools=tools, variables=variables)
+        except TemplateRefused as error:
+            raise bad_request(f"The chat template refuses the messages: {error}"[:500], "messages") from error
+        return Prompt(self.tokenizer.encode(text, add_special_tokens=False), text)
 
     def start(
         self,
@@ -140,6 +164,7 @@ class Front:
             self.tokenizer,
         )
         return Answer(
+            response_id,
             self.dispatcher,
             generation,
             response_format,

@@ -16,7 +16,7 @@ import pytest
 def spawn(nats_server, model_dir):
     processes = []
 
-    def start(port, *, before=(), **variables):
+    def start(port, **variables):
         environ = {
             **os.environ,
             "SPOTSERVE_GATEWAY_MODEL_DIR": str(model_dir),
@@ -25,7 +25,7 @@ def spawn(nats_server, model_dir):
             "SPOTSERVE_GATEWAY_PORT": str(port),
             **variables,
         }
-        command = [*before, sys.executable, "-m", "gateway"]
+        command = [sys.executable, "-m", "gateway"]
         process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         processes.append(process)
         return process
@@ -108,19 +108,3 @@ async def test_missing_model(spawn, free_port, tmp_path):
     process = spawn(free_port(), SPOTSERVE_GATEWAY_MODEL_DIR=str(tmp_path))
     assert await wait(process) == 2
     assert "tokenizer.json" in process.stderr.read().decode()
-
-
-async def test_ends_with_its_parent(spawn, free_port):
-    port = free_port()
-    # A shell in between is the parent: the trailing command keeps it from replacing itself.
-    parent = spawn(port, before=("sh", "-c", '"$@"; true', "sh"), SPOTSERVE_DIE_WITH_PARENT="1")
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
-        await alive(http)
-        parent.kill()
-        async with asyncio.timeout(10):
-            while True:
-                try:
-                    await http.get("/health")
-                except httpx.TransportError:
-                    break
-                await asyncio.sleep(0.05)
