@@ -21,10 +21,15 @@ class Load:
         self._reports: dict[str, tuple[LoadReport, float]] = {}
         self._peaks: deque[tuple[float, float]] = deque()
         """(time, arrivals a second), arrivals descending: each was the most from then on."""
+        self._lengths: dict[str, float] = {}
+        """The newest ones of each kind that were reported."""
         self._decided_per_s = 0.0
         self._decided_at_s = 0.0
 
     def note(self, report: LoadReport, now_s: float) -> None:
+        for field in ("mean_prompt_tokens", "mean_output_tokens"):
+            if getattr(report, field) > 0:
+                self._lengths[field] = getattr(report, field)
         self._reports[report.gateway] = (report, now_s)
         total_per_s = sum(report.arrivals_per_s for report in self._alive(now_s))
         while self._peaks and self._peaks[-1][1] <= total_per_s:
@@ -32,7 +37,9 @@ class Load:
         self._peaks.append((now_s, total_per_s))
 
     def workload(self, max_model_len: int, now_s: float) -> Workload:
-        """Of all gateways heard of lately; typical lengths are assumed until requests have been seen."""
+        """Of all gateways heard of lately; while nothing arrives, the lengths that were seen last. Typical ones are
+        assumed until requests have been seen.
+        """
         reports = self._alive(now_s)
         total_per_s = sum(report.arrivals_per_s for report in reports)
         assumed = Workload()
@@ -40,7 +47,9 @@ class Load:
         def mean(field: str, otherwise: float) -> float:
             known = [r for r in reports if getattr(r, field) > 0 and r.arrivals_per_s > 0]
             weight = sum(r.arrivals_per_s for r in known)
-            return sum(getattr(r, field) * r.arrivals_per_s for r in known) / weight if known else otherwise
+            if not known:
+                return self._lengths.get(field, otherwise)
+            return float(sum(getattr(r, field) * r.arrivals_per_s for r in known) / weight)
 
         half = max_model_len / 2
         prompt_tokens = min(mean("mean_prompt_tokens", min(assumed.prompt_tokens, half)), max_model_len - 1)

@@ -40,6 +40,14 @@ def test_lengths_that_were_seen_are_believed_as_far_as_the_model_takes_them():
     assert (workload.prompt_tokens, workload.output_tokens) == (512, 88)
 
 
+def test_while_nothing_arrives_the_last_lengths_count():
+    load = Load()
+    load.note(report("a", 1.0, prompt=900, output=30), 0.0)
+    load.note(report("a", 0.0), 1.0)
+    workload = load.workload(2048, 1.0)
+    assert (workload.arrivals_per_s, workload.prompt_tokens, workload.output_tokens) == (0.0, 900, 30)
+
+
 def test_only_a_large_change_after_a_while_counts():
     load = Load()
     load.note_decision(1.0, 0.0)
