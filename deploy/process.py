@@ -48,7 +48,7 @@ class Child:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**environ, "PYTHONUNBUFFERED": "1", "SPOTSERVE_DIE_WITH_PARENT": "1", **program.environment},
+                env={**environ, "PYTHONUNBUFFERED": "1", **program.environment},
                 start_new_session=True,
             )
             return cls(program.name, process, log, output.tell())

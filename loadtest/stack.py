@@ -69,7 +69,7 @@ class LocalStack:
         # which then stops the stack.
         launcher = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid())]
         up = [sys.executable, "-m", "deploy", "up", "--port", str(self._port), "--state-dir", str(self._state.path)]
-        environ = {**os.environ, "PYTHONUNBUFFERED": "1", "SPOTSERVE_DIE_WITH_PARENT": "1"}
+        environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self.started_at_s = time.time()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
