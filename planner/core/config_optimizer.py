@@ -94,9 +94,9 @@ def choose_layout(
     best, why = pick(weighed, supply, targets) if weighed else (None, "")
     stay = None
     if best is not None and present.counts and set(shapes).issuperset(shape for shape, _ in present.counts):
-        limit = best.layout.num_pipelines if targets.data is not None else supply.num_ranks
-        staying = filled(scorer, shapes, present, supply.num_ranks, limit)
-        staying = [s for s in staying if targets.data is None or s.layout.num_pipelines == best.layout.num_pipelines]
+        wanted = best.layout.num_pipelines if targets.data is not None else None
+        staying = filled(scorer, shapes, present, supply.num_ranks, wanted or supply.num_ranks)
+        staying = [s for s in staying if wanted is None or s.layout.num_pipelines == wanted]
         stay = pick(staying, supply, targets)[0] if staying else None
     if stay is not None and best is not None and pick([best, stay], supply, targets)[0] is stay:
         best = stay

@@ -44,7 +44,7 @@ def make_plan(situation: Situation, now_s: float) -> Plan | None:
 
 def _decide(situation: Situation, now_s: float) -> Decision:
     candidates = [rank for rank in situation.ranks.values() if rank.id not in situation.excluded_ranks]
-    lasting = [rank for rank in candidates if situation.lasts(rank, now_s)]
+    lasting = situation.lasting(candidates, now_s)
     fit = _fit_largest(situation, lasting)
     if fit.choice.best is not None:
         return _settle(situation, fit, now_s)

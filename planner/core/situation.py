@@ -61,7 +61,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     can_release: bool = False
     """Instances without a position are given back, so that using fewer saves money."""
     num_paid_instances: int = 0
-    """Where `can_release`: so many are kept whether they are used or not (the desired capacity, candidates included)."""
+    """Where `can_release`: so many are kept whether they are used or not (the desired capacity with candidates)."""
     reviews_notices: bool = False
     """The caller decides again at `review_at_s`: until then instances with a long notice serve on."""
 
@@ -111,11 +111,10 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         members = [self.ranks[name] for pipeline in pipelines for name in pipeline.ranks() if name in self.ranks]
         return {rank.instance: rank.deadline_s for rank in members if rank.deadline_s is not None}
 
-    def lasts(self, rank: Rank, now_s: float) -> bool:
-        """It is not under notice, or has so long left that it pays to use it until `review_at_s`."""
-        if rank.deadline_s is None:
-            return True
-        return self.reviews_notices and now_s < rank.deadline_s - self._handover_s()
+    def lasting(self, ranks: Iterable[Rank], now_s: float) -> list[Rank]:
+        """Those not under notice, or with so long left that it pays to use them until `review_at_s`."""
+        handover_s = self._handover_s() if self.reviews_notices else math.inf
+        return [rank for rank in ranks if rank.deadline_s is None or now_s < rank.deadline_s - handover_s]
 
     def review_at_s(self, now_s: float) -> float:
         """When to decide again although nothing happens: a long notice has become a short one. Infinite: never."""
