@@ -16,11 +16,12 @@ from litestar.exceptions import HTTPException
 from litestar.types import Message, Scope
 from opentelemetry.trace import Tracer
 
+from gateway import openapi
 from gateway.errors import ApiError, server_error
 from gateway.routes import generation, health, models, responses, tokenize
 from gateway.services.bus import Bus
 from gateway.services.dispatcher import Dispatcher
-from gateway.services.front import Front
+from gateway.services.front import Front, version
 from gateway.services.responses import Responses
 from gateway.services.tokenizer import TextTokenizer
 from gateway.settings import Settings
@@ -60,12 +61,14 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
             tokenize.tokenize,
             tokenize.detokenize,
             tokenize.version,
+            openapi.openapi_json,
+            openapi.docs,
             health.health,
             health.ready,
             health.requests,
         ],
         lifespan=[lifespan],
-        state=State({"front": front, "responses": kept}),
+        state=State({"front": front, "responses": kept, "openapi": openapi.document(version())}),
         exception_handlers={
             ApiError: _on_api_error,
             HTTPException: _on_http_exception,

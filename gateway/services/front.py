@@ -184,11 +184,12 @@ class Front:
 def _fingerprint(model_name: str, model_dir: Path) -> str:
     """The same for the same model, configuration and version of this software."""
     config = model_dir / "config.json"
-    parts = [model_name.encode(), config.read_bytes() if config.is_file() else b"", _version().encode()]
+    parts = [model_name.encode(), config.read_bytes() if config.is_file() else b"", version().encode()]
     return "fp_" + hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 
-def _version() -> str:
+def version() -> str:
+    """Of this software."""
     try:
         return importlib.metadata.version("spotserve")
     except importlib.metadata.PackageNotFoundError:

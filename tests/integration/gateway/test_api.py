@@ -349,3 +349,12 @@ async def test_bad_tokenize(stack, path, body, param):
     reply = await stack.http.post(path, json=body)
     assert reply.status_code in (400, 404)
     assert reply.json()["error"]["param"] == param
+
+
+async def test_openapi_document(stack):
+    document = (await stack.http.get("/openapi.json")).json()
+    assert document["openapi"].startswith("3.")
+    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    schema = document["components"]["schemas"][body["$ref"].rpartition("/")[2]]
+    assert {"model", "messages"} <= set(schema["required"])
+    assert "/openapi.json" in (await stack.http.get("/docs")).text
