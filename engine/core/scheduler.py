@@ -14,7 +14,7 @@ from collections import Counter, deque
 import msgspec
 
 from engine.core.arranger import KvMove, choose_kv_moves
-from engine.core.block_manager import BlockManager
+from engine.core.block_tables import BlockTables
 from engine.core.frames import shortened
 from engine.core.prefix_index import ROOT, Prefix
 from engine.core.scheduler_types import (
@@ -70,7 +70,7 @@ class Scheduler:
         self.limits = limits
         self.cost = cost
         self.pipeline = pipeline
-        self._blocks = BlockManager(limits.num_blocks, limits.block_tokens)
+        self._tables = BlockTables(limits)
         # Waiting, pulling, running or parked.
         self._sequences: dict[SequenceKey, Sequence] = {}
         # Waiting, by priority.
@@ -220,7 +220,7 @@ class Scheduler:
             token_id = next(ids) if slice_.samples else None
             sequence.num_computed += len(slice_.token_ids)
             if self._came_back(sequence):
-                self._index_blocks(sequence)
+                self._tables.index(sequence)
                 if slice_.num_logits and sequence.scores_prompt:
                     sequence.prompt_logprobs += extras.prompt_logprobs.get(sequence.key, [])
                 if sequence.key in extras.errors:
@@ -248,7 +248,7 @@ class Scheduler:
         sequence.pull_s += pull_s
         if ok:
             sequence.pulled_tokens = sequence.num_computed = sequence.num_fed = sequence.kv_source.num_tokens
-            self._index_blocks(sequence)
+            self._tables.index(sequence)
         sequence.kv_source = None
         self._ready[key] = sequence
 
@@ -284,9 +284,9 @@ class Scheduler:
             waiting=len(self._waiting),
             parked=num_parked,
             free_slots=0 if self._draining else num_free,
-            free_kv_blocks=self._blocks.num_free,
-            total_kv_blocks=self._blocks.num_blocks,
-            cached_kv_blocks=self._blocks.num_cached,
+            free_kv_blocks=self._tables.pool.num_free,
+            total_kv_blocks=self._tables.pool.num_blocks,
+            cached_kv_blocks=self._tables.pool.num_cached,
             steps_in_flight=len(self._steps),
         )
 
@@ -300,7 +300,7 @@ class Scheduler:
         sequence whose state, blocks and queues do not agree. Walks the whole pool: for tests and idle times.
         """
         try:
-            self._blocks.check_invariants(s.blocks for s in self._owners())
+            self._tables.check_invariants(self._owners())
             self._check_queues()
             for sequence in self._owners():
                 self._check_sequence(sequence)
@@ -329,13 +329,10 @@ class Scheduler:
         assert s.num_fed <= len(s.tokens), what + "fed what it does not have"
         assert bool(s.blocks) == (s.state is not State.WAITING), what + f"blocks {s.blocks}"
         assert s.num_computed < len(s.tokens), what + "nothing to feed"
-        assert len(s.blocks) >= self._blocks.blocks_for(s.num_fed), what + "table too short"
         if s.state in (State.WAITING, State.PULLING):
             assert not s.num_computed, what + "KV that it cannot have"
         if s.state is State.PARKED:
             assert s.num_computed, what + "parked without KV"
-        # A block that others may share is never written again.
-        assert s.num_indexed <= s.num_computed // self.limits.block_tokens, what + "shares what it still writes"
 
     # --- Admission --------------------------------------------------------------------------------------------
 
@@ -355,7 +352,7 @@ class Scheduler:
             )
         # Alone in the pool it must be able to come to its end; the last token is never fed.
         num_tokens = min(num_prompt + max(request.sampling.max_tokens, 1), limits.max_model_len) - 1
-        if self._blocks.blocks_for(num_tokens) > limits.num_blocks:
+        if self._tables.pool.blocks_for(num_tokens) > limits.num_blocks:
             room = limits.num_blocks * limits.block_tokens
             return _refuse(RejectReason.TOO_LONG, f"KV of {num_tokens} tokens; the pool holds {room}")
         replaces = SequenceKey(request.request_id, request.choice) in self._sequences
@@ -373,40 +370,19 @@ class Scheduler:
                 continue
             if num_slots_taken >= self.limits.max_batch:
                 break
-            prefix = self._reusable(sequence)
+            prefix = self._tables.reusable(sequence)
             source = self._worth_pulling(sequence, len(prefix.blocks) * self.limits.block_tokens)
-            # What is pulled is written, and must not be shared.
-            blocks = self._allocate(sequence, [] if source is not None else prefix.blocks, num_slots_taken)
-            if blocks is None:
+            if source is not None:
+                prefix = Prefix(ROOT, [])  # What is pulled is written, and must not be shared.
+            # One block to spare for each one that grows, or it would soon evict what is admitted here.
+            if not self._tables.open(sequence, prefix, num_spare=num_slots_taken):
                 break
-            sequence.blocks = blocks
-            if source is None:
-                sequence.prefix_node, sequence.num_indexed = prefix.node, len(prefix.blocks)
-                num_reused = len(prefix.blocks) * self.limits.block_tokens
-                sequence.num_computed = sequence.num_fed = sequence.reused_tokens = num_reused
             num_slots_taken += 1
             self._waiting.remove(sequence)
             order = self._start(sequence, source)
             if order is not None:
                 orders.append(order)
         return orders
-
-    def _reusable(self, sequence: Sequence) -> Prefix:
-        """Blocks that hold its first tokens already; never of the last one, which must be fed, for its logits."""
-        if not self.limits.prefix_caching or sequence.scores_prompt:
-            return Prefix(ROOT, [])
-        return self._blocks.find_prefix(sequence.tokens[:-1])
-
-    def _allocate(self, sequence: Sequence, prefix: list[int], num_slots_taken: int) -> list[int] | None:
-        """All blocks for its tokens, `prefix` first; None if it must wait."""
-        num_new = self._blocks.blocks_for(len(sequence.tokens)) - len(prefix)
-        # One block to spare for each one that grows, or it would soon evict what is admitted here.
-        if self._blocks.num_free < num_new + self._blocks.num_kept(prefix) + num_slots_taken:
-            return None
-        self._blocks.share(prefix)
-        new = self._blocks.allocate(num_new)
-        assert new is not None, "they were counted"
-        return prefix + new
 
     def _start(self, sequence: Sequence, source: KvSource | None) -> PullOrder | None:
         sequence.kv_source = source
@@ -420,7 +396,7 @@ class Scheduler:
             self._ready[sequence.key] = sequence
             return None
         sequence.apply(Event.ORDER_PULL)
-        return PullOrder(sequence.key, source, sequence.blocks[: self._blocks.blocks_for(source.num_tokens)])
+        return PullOrder(sequence.key, source, self._tables.covering(sequence, source.num_tokens))
 
     def _worth_pulling(self, sequence: Sequence, num_reusable: int) -> KvSource | None:
         """The part of its KV source that is worth pulling: at least the last token must be fed, for its logits."""
@@ -468,28 +444,21 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make its block table cover `num_tokens`; False if it must wait, since all others have precedence."""
-        num_missing = self._blocks.blocks_for(num_tokens) - len(sequence.blocks)
-        if num_missing <= 0:
-            return True
-        blocks = self._blocks.allocate(num_missing)
-        while blocks is None:
+        while not self._tables.extend(sequence, num_tokens):
             # Those in a step come back; never evicting an older one for a younger makes sure that it ends.
             at_rest = [s for s in self._ready.values() if not s.num_steps or s is sequence]
             youngest = max(at_rest, key=lambda s: s.priority)
             if youngest is sequence:
                 return False
             self._evict(youngest)
-            blocks = self._blocks.allocate(num_missing)
-        sequence.blocks += blocks
         return True
 
     def _evict(self, sequence: Sequence) -> None:
         sequence.apply(Event.EVICT)
         self._tell("evict", sequence.key)
         del self._ready[sequence.key]
-        self._free_blocks(sequence)
+        self._tables.close(sequence)
         sequence.num_computed = sequence.num_fed = sequence.pulled_tokens = sequence.reused_tokens = 0
-        sequence.prefix_node, sequence.num_indexed = ROOT, 0
         self._queue(sequence)
 
     def _slice(self, sequence: Sequence, num_rows: int) -> StepSlice:
@@ -498,23 +467,13 @@ class Scheduler:
             key=sequence.key,
             token_ids=sequence.tokens[first:last],
             context_tokens=first,
-            blocks=sequence.blocks[: self._blocks.blocks_for(last)],
+            blocks=self._tables.covering(sequence, last),
             samples=last == len(sequence.tokens),
             num_logits=num_rows if sequence.scores_prompt else int(last == len(sequence.tokens)),
             sampling=sequence.request.sampling,
             tokens=sequence.tokens,
             num_prompt_tokens=len(sequence.request.prompt_ids),
         )
-
-    def _index_blocks(self, sequence: Sequence) -> None:
-        """Let others find the blocks that have become full."""
-        if not self.limits.prefix_caching:
-            return
-        size = self.limits.block_tokens
-        for i in range(sequence.num_indexed, sequence.num_computed // size):
-            tokens = sequence.tokens[i * size : (i + 1) * size]
-            sequence.prefix_node = self._blocks.add_prefix(sequence.prefix_node, tokens, sequence.blocks[i])
-            sequence.num_indexed = i + 1
 
     def _feed(self, sequence: Sequence, num_rows: int) -> None:
         sequence.num_fed += num_rows
@@ -560,7 +519,7 @@ class Scheduler:
             self._retiring[sequence.key] = sequence
         else:
             sequence.apply(Event.END)
-            self._free_blocks(sequence)
+            self._tables.close(sequence)
         sequence.ended_s = self._now_s
         self._ended[sequence.key] = sequence
         return OutEntry(sequence.request.gateway, sequence.entry(sequence.num_committed))
@@ -579,7 +538,7 @@ class Scheduler:
             pipeline=self.pipeline,
             num_tokens=num_tokens,
             holders=holders,
-            blocks=sequence.blocks[: self._blocks.blocks_for(num_tokens)],
+            blocks=self._tables.covering(sequence, num_tokens),
             deadline_s=deadline_s,
         )
         sequence.interruption = Interruption(reason=reason, kv_source=source)
@@ -595,11 +554,7 @@ class Scheduler:
     def _retire(self, sequence: Sequence) -> None:
         del self._retiring[sequence.key]
         sequence.apply(Event.END)
-        self._free_blocks(sequence)
-
-    def _free_blocks(self, sequence: Sequence) -> None:
-        self._blocks.free(sequence.blocks)
-        sequence.blocks = []
+        self._tables.close(sequence)
 
     def _prune_ended(self) -> None:
         while self._ended:

@@ -582,7 +582,7 @@ def test_what_was_used_longest_ago_is_forgotten_first_and_nothing_without_need()
     assert scheduler.counts().cached_kv_blocks == 4
     submit(scheduler, "c", num_prompt=12, sampling={"max_tokens": 1})
     finish(scheduler)  # Two blocks were empty, and a's last block went.
-    assert {name: len(scheduler._blocks.find_prefix(p).blocks) for name, p in prompts.items()} == {"a": 1, "b": 2}
+    assert {name: len(scheduler._tables.pool.find_prefix(p).blocks) for name, p in prompts.items()} == {"a": 1, "b": 2}
 
 
 def test_prefixes_are_not_kept_where_that_is_switched_off():
@@ -924,7 +924,7 @@ def test_broken_invariant_tells_the_story():
     scheduler = make_scheduler()
     submit(scheduler, "lost")
     scheduler.tick(3.5)
-    scheduler._blocks.allocate(1)
+    scheduler._tables.pool.allocate(1)
     with pytest.raises(AssertionError, match=r"(?s)1 references, 0 owners.*3\.5.*admit.*lost"):
         scheduler.check_invariants()
 
