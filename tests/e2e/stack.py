@@ -23,7 +23,14 @@ import nats
 import psutil
 from nats.aio.client import Client
 
-from deploy.protocol import AddCommand, CommandReply, KillCommand, PreemptCommand, supervisor_subject
+from deploy.protocol import (
+    AddCommand,
+    CancelNoticeCommand,
+    CommandReply,
+    KillCommand,
+    PreemptCommand,
+    supervisor_subject,
+)
 from deploy.state import Running, StateDir
 from engine.protocol import EngineSubjects, PipelineState, ResumeStats, TokenFrame
 from planner.protocol import InstanceState, Message, Phase, Plan, PlannerSubjects, RankProgress, Status, StatusRequest
@@ -208,6 +215,9 @@ class Session:
 
     async def preempt(self, instance: str, notice_s: float) -> None:
         await self._command(PreemptCommand(instance=instance, notice_s=notice_s))
+
+    async def cancel_notice(self, instance: str) -> None:
+        await self._command(CancelNoticeCommand(instance=instance))
 
     async def kill(self, instance: str) -> None:
         await self._command(KillCommand(instance=instance))

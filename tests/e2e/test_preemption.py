@@ -187,6 +187,20 @@ async def test_a_kill_during_a_migration(on_stages: tuple[Shared, Session]) -> N
         await session.until_gone(second)
 
 
+async def test_a_cancelled_notice_takes_the_plan_back(on_stages: tuple[Shared, Session]) -> None:
+    shared, session = on_stages
+    async with await shared.traffic(session) as traffic:
+        victim = (await session.ready_instances())[-1]
+        epoch = (await session.status()).epoch
+        await session.preempt(victim, 8.0)
+        await session.until(lambda: session.plans and session.plans[-1].epoch > epoch, "a plan without it")
+        await session.cancel_notice(victim)
+        await session.until(partial(session.is_used, victim), f"{victim} serves")
+        await traffic.goes_on()
+        assert victim in await session.ready_instances()
+        assert await session.shape() == ((3, 1),)
+
+
 async def test_down_to_nothing_and_back(on_replicas: tuple[Shared, Session]) -> None:
     shared, session = on_replicas
     async with await shared.traffic(session):
