@@ -258,7 +258,7 @@ def _least_ranks(scenario: Scenario) -> int:
         pipeline * tensor
         for tensor in costs.tensor_degrees()
         for pipeline in range(1, scenario.model.num_layers + 1)
-        if costs.batch(pipeline, tensor)
+        if costs.num_kv_blocks(pipeline, tensor)
     ]
     if not sizes:
         raise SimulationError(f"{scenario.name}: the model does not fit, however many ranks share it")

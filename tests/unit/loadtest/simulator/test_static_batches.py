@@ -127,6 +127,7 @@ def test_a_pipeline_that_must_stop_commits_the_steps_that_fit_and_another_goes_o
     successor = StaticPipeline(times=pipeline.times, instances=frozenset())
     serving.server.start(successor, pipeline.interrupted)
     serving.run()
+    assert pipeline.stopped_s is not None
     second = serving.server.outcomes(1000.0)[1]
     assert second.ended_s == pytest.approx(5.0 + 6 * STEP_S)
     assert second.tokens_recomputed == 0
@@ -139,6 +140,7 @@ def test_after_an_acquisition_a_pipeline_stops_right_after_the_time():
     by_s = BATCH_S + PREFILL_S + 5.5 * STEP_S
     serving.server.tell_to_stop(pipeline, Stop(by_s=by_s, cautious=False))
     serving.run(5.0)
+    assert pipeline.stopped_s is not None
     assert by_s < pipeline.stopped_s <= by_s + STEP_S
 
 

@@ -1,0 +1,428 @@
+"""The runs of `reproduce` as tables beside what the paper prints, and as figures beside the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from loadtest.report import Check, Table
+from loadtest.simulator.metrics import Percentiles
+from loadtest.simulator.paper_figures import (
+    ABLATION,
+    ABLATION_LEVELS,
+    BATCH_BIAS,
+    KNOWN_DIFFERENCES,
+    NODE_MINUTES,
+    ON_DEMAND_MINUTES,
+    ON_DEMAND_SECONDS,
+    ON_DEMAND_USD_PER_100K_TOKENS,
+    P99_RATIOS,
+    SECONDS,
+    SYSTEMS,
+    USD_PER_100K_TOKENS,
+    WORKLOAD_RATIOS,
+)
+from loadtest.simulator.paper_setup import MAX_MODEL_LEN, MODELS, TRACES, WORKLOAD_MODEL, WORKLOAD_TRACES, Arrivals
+from loadtest.simulator.reproduce import (
+    ABLATED_TRACES,
+    BURSTY_SEEDS,
+    ONE_BATCH,
+    OUR_PREFILL,
+    OURS,
+    OWN_FLEETS,
+    REPLICAS,
+    STRONG,
+    Outcome,
+    reproduce,
+)
+from loadtest.simulator.scenario import PAPER_PRICES
+
+PAPER, REPARALLELIZATION, REROUTING = SYSTEMS
+RIVALS: Final = (PAPER, OUR_PREFILL, STRONG, REPLICAS)
+PERCENTS: Final = ("mean", "p90", "p95", "p96", "p97", "p98", "p99")
+CHECKED_TRACES: Final = ("A_S", "B_S")
+
+
+class Reproduction(msgspec.Struct, frozen=True, kw_only=True):
+    tables: list[Table]
+    checks: list[Check]
+    notes: list[str]
+    """Where ours differs from what is printed, and why."""
+    outcomes: list[Outcome]
+
+    def __str__(self) -> str:
+        notes = "\n".join(f"- {note}" for note in self.notes)
+        return "\n\n".join([*map(str, self.tables), f"Differences\n{notes}", "\n".join(map(str, self.checks))])
+
+
+def run(data: Path, num_processes: int = 2) -> Reproduction:
+    """All of it, in some minutes, with a bar on standard error. Raises InputError or ProfileError."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("simulations", total=None)
+
+        def on_task(num_done: int, num_tasks: int) -> None:
+            progress.update(bar, completed=num_done, total=num_tasks)
+
+        return summarize_reproduction(reproduce(data, num_processes=num_processes, on_task=on_task))
+
+
+def summarize_reproduction(outcomes: Sequence[Outcome]) -> Reproduction:
+    """Of all outcomes of `reproduce`."""
+    figures = Figures(outcomes)
+    return Reproduction(
+        tables=[
+            seconds_table(figures),
+            ratios_table(figures),
+            percentiles_table(figures),
+            on_demand_table(figures),
+            costs_table(figures),
+            workload_table(figures),
+            ablation_table(figures),
+            *(rivals_table(figures, arrivals) for arrivals in Arrivals),
+            rival_costs_table(figures),
+        ],
+        checks=checks(figures),
+        notes=[*KNOWN_DIFFERENCES, own_saving_note(figures)],
+        outcomes=list(outcomes),
+    )
+
+
+class Figures:
+    """Outcomes by what was run. Of several seeds the figure is the median."""
+
+    def __init__(self, outcomes: Sequence[Outcome]) -> None:
+        self._by_task = {
+            (o.task.figure, o.task.model, o.task.trace, o.task.policy, o.task.arrivals, o.task.level, o.task.seed): o
+            for o in outcomes
+        }
+
+    def outcome(
+        self,
+        figure: int,
+        trace: str,
+        policy: str,
+        arrivals: Arrivals = Arrivals.ARTIFACT,
+        *,
+        model: str = WORKLOAD_MODEL,
+        level: int = 0,
+        seed: int = 0,
+    ) -> Outcome:
+        return self._by_task[figure, model, trace, policy, arrivals, level, seed]
+
+    def logged(self, figure: int, trace: str, policy: str, name: str, *, model: str = WORKLOAD_MODEL) -> float:
+        """The artifact's metric on the artifact's arrivals."""
+        return _of(self.outcome(figure, trace, policy, model=model).logged, name)
+
+    def latency(
+        self,
+        figure: int,
+        trace: str,
+        policy: str,
+        name: str,
+        arrivals: Arrivals = Arrivals.ARTIFACT,
+        *,
+        model: str = WORKLOAD_MODEL,
+        level: int = 0,
+    ) -> float:
+        """All requests."""
+        return median(
+            _of(
+                self.outcome(figure, trace, policy, arrivals, model=model, level=level, seed=seed).summary.latency, name
+            )
+            for seed in seeds_of(arrivals)
+        )
+
+    def p99_ratio(
+        self,
+        figure: int,
+        trace: str,
+        policies: tuple[str, str],
+        arrivals: Arrivals = Arrivals.ARTIFACT,
+        *,
+        model: str = WORKLOAD_MODEL,
+    ) -> float:
+        """P99 of all requests, of the first policy over that of the second."""
+        pairs = [
+            [self.outcome(figure, trace, policy, arrivals, model=model, seed=seed) for policy in policies]
+            for seed in seeds_of(arrivals)
+        ]
+        return median(_of(a.summary.latency, "p99") / _of(b.summary.latency, "p99") for a, b in pairs)
+
+
+def seeds_of(arrivals: Arrivals) -> tuple[int, ...]:
+    """What is drawn more than once."""
+    return BURSTY_SEEDS if arrivals is Arrivals.BURSTY else (0,)
+
+
+# --- Fig. 6 ---
+
+
+def seconds_table(figures: Figures) -> Table:
+    """GPT-20B beside the artifact's raw seconds."""
+    rows = []
+    for trace, printed in SECONDS.items():
+        for system in SYSTEMS:
+            row = [trace, system]
+            for name, paper in zip(("mean", "p99"), printed[system], strict=True):
+                ours = figures.logged(6, trace, system, name)
+                row += [f"{ours:.1f}", f"{paper:.1f}", f"{ours / paper:.2f}"]
+            row += [f"{figures.latency(6, trace, system, name):.1f}" for name in ("mean", "p99")]
+            rows.append(row)
+    columns = ["trace", "system", "mean", "paper", "ratio", "P99", "paper", "ratio", "mean, all", "P99, all"]
+    return Table("GPT-20B, latency in seconds, logged requests beside the artifact's figures", columns, rows)
+
+
+def ratios_table(figures: Figures) -> Table:
+    """The twelve panels' P99."""
+    rows = []
+    for model, traces in P99_RATIOS.items():
+        for trace, printed in traces.items():
+            row = [model, trace]
+            for system, paper in zip((REPARALLELIZATION, REROUTING), printed, strict=True):
+                ours = logged_ratio(figures, model, trace, system)
+                everything = figures.p99_ratio(6, trace, (system, PAPER), model=model)
+                bursty = figures.p99_ratio(6, trace, (system, PAPER), Arrivals.BURSTY, model=model)
+                side = "" if (ours > 1) == (paper > 1) else " (!)"
+                row += [f"{ours:.2f}{side}", f"{paper:.2f}", f"{everything:.2f}", f"{bursty:.2f}"]
+            rows.append(row)
+    over = ["paper", "all", "CV 6"]
+    columns = ["model", "trace", "over reparallelization", *over, "over rerouting", *over]
+    return Table("Fig. 6: P99 of the baselines over that of SpotServe (!: on the other side of 1)", columns, rows)
+
+
+def percentiles_table(figures: Figures) -> Table:
+    """The twelve panels' curves, and ours."""
+    rows = [
+        [model, trace, system, *(f"{figures.logged(6, trace, system, name, model=model):.1f}" for name in PERCENTS)]
+        for model in MODELS
+        for trace in TRACES
+        for system in (*SYSTEMS, OURS)
+    ]
+    return Table(
+        "Fig. 6: latency in seconds, logged requests",
+        ["model", "trace", "system", *(name.replace("p", "P") for name in PERCENTS)],
+        rows,
+    )
+
+
+def logged_ratio(figures: Figures, model: str, trace: str, system: str) -> float:
+    """P99 as the artifact counts, over that of SpotServe."""
+    p99_s = [figures.logged(6, trace, policy, "p99", model=model) for policy in (system, PAPER)]
+    return p99_s[0] / p99_s[1]
+
+
+# --- Fig. 7 ---
+
+
+def on_demand_table(figures: Figures) -> Table:
+    """The constant fleets of Fig. 7."""
+    rows = []
+    for num, printed in ON_DEMAND_SECONDS.items():
+        row = [str(num)]
+        for name, paper, bias in zip(("mean", "p99"), printed, BATCH_BIAS, strict=True):
+            one, two = (figures.logged(7, str(num), policy, name) for policy in (ONE_BATCH, PAPER))
+            row += [f"{one:.1f}", f"{paper:.1f}", f"{one / paper:.2f}", f"{two:.1f}", f"{paper + bias:.1f}"]
+        row += [f"{figures.latency(7, str(num), 'on-demand', name):.1f}" for name in ("mean", "p99")]
+        rows.append(row)
+    columns = ["instances"]
+    for name in ("mean", "P99"):
+        columns += [f"{name}, one batch", "paper", "ratio", "two batches", "drawn"]
+    columns += ["mean, ours", "P99, ours"]
+    return Table(
+        "Fig. 7: GPT-20B on demand, latency in seconds, by queue depth; ours counts all requests", columns, rows
+    )
+
+
+def costs_table(figures: Figures) -> Table:
+    """USD for 100,000 tokens, as the artifact counts them."""
+    rows = []
+    for trace, printed in USD_PER_100K_TOKENS.items():
+        paper, ours = (figures.outcome(6, trace, policy) for policy in (PAPER, OURS))
+        rows.append([
+            f"spot {trace}",
+            f"{usd_per_100k_tokens(paper, billed_usd(trace)):.2f}",
+            f"{printed:.2f}",
+            f"{_of(paper.logged, 'mean'):.1f}",
+            f"{usd_per_100k_tokens(ours, ours.summary.usd):.2f}",
+            f"{_of(ours.logged, 'mean'):.1f}",
+        ])  # fmt: skip
+    for num in OWN_FLEETS:
+        ours = figures.outcome(7, str(num), "on-demand")
+        row = [f"on demand {num}", "", "", "", f"{usd_per_100k_tokens(ours, ours.summary.usd):.2f}"]
+        if num in ON_DEMAND_SECONDS:
+            paper = figures.outcome(7, str(num), ONE_BATCH)
+            row[1] = f"{usd_per_100k_tokens(paper, billed_on_demand_usd(num)):.2f}"
+            row[2] = f"{ON_DEMAND_USD_PER_100K_TOKENS[num]:.2f}"
+            row[3] = f"{_of(paper.logged, 'mean'):.1f}"
+        rows.append([*row, f"{_of(ours.logged, 'mean'):.1f}"])
+    columns = ["fleet", "spotserve-paper", "paper", "mean (s)", "ours", "mean (s)"]
+    return Table("Fig. 7: GPT-20B, USD for 100,000 tokens of logged requests, and their mean latency", columns, rows)
+
+
+def usd_per_100k_tokens(outcome: Outcome, usd: float) -> float:
+    """Input and output tokens of the logged requests; infinite of none."""
+    num_tokens = outcome.num_logged * MAX_MODEL_LEN
+    return usd / num_tokens * 1e5 if num_tokens else float("inf")
+
+
+def billed_usd(trace: str) -> float:
+    """What the artifact's plot script bills."""
+    spot_min, on_demand_min = NODE_MINUTES[trace]
+    return (spot_min * PAPER_PRICES.spot_per_h + on_demand_min * PAPER_PRICES.on_demand_per_h) / 60
+
+
+def billed_on_demand_usd(num_instances: int) -> float:
+    """The same, for a constant fleet."""
+    return num_instances * ON_DEMAND_MINUTES / 60 * PAPER_PRICES.on_demand_per_h
+
+
+def printed_saving(figures: Figures) -> float:
+    """As the paper compares: ours on B_S with eight on-demand instances of SpotServe's, which are slower."""
+    spot, fleet = figures.outcome(6, "B_S", OURS), figures.outcome(7, "8", ONE_BATCH)
+    fleet_usd = usd_per_100k_tokens(fleet, billed_on_demand_usd(8))
+    return 1 - usd_per_100k_tokens(spot, spot.summary.usd) / fleet_usd
+
+
+def own_saving_note(figures: Figures) -> str:
+    """Ours on B_S, against on-demand instances with our own engine: the fewest that are as fast."""
+    spot = figures.outcome(6, "B_S", OURS)
+    for num in OWN_FLEETS:
+        fleet = figures.outcome(7, str(num), "on-demand")
+        if _of(fleet.logged, "mean") <= _of(spot.logged, "mean"):
+            fleet_usd = usd_per_100k_tokens(fleet, fleet.summary.usd)
+            saving = 1 - usd_per_100k_tokens(spot, spot.summary.usd) / fleet_usd
+            return f"Ours on B_S saves {saving:.0%} against {num} on-demand instances with our own engine, as fast on the mean."
+    return f"Even {OWN_FLEETS[-1]} on-demand instances with our own engine are slower on the mean than ours on B_S."
+
+
+# --- Figs. 8 and 9 ---
+
+
+def workload_table(figures: Figures) -> Table:
+    """Fluctuating load."""
+    rows = []
+    for trace in WORKLOAD_TRACES:
+        for policy in (*SYSTEMS, OURS, STRONG, REPLICAS):
+            row = [trace, policy]
+            for arrivals in Arrivals:
+                row += [f"{figures.latency(8, trace, policy, name, arrivals):.1f}" for name in ("mean", "p99")]
+                row.append(f"{figures.p99_ratio(8, trace, (policy, PAPER), arrivals):.2f}")
+            rows.append(row)
+    return Table(
+        f"Fig. 8: GPT-20B, fluctuating load, seconds, all requests; P99 over SpotServe's (printed: {WORKLOAD_RATIOS})",
+        ["trace", "system", "mean", "P99", "ratio", "mean, CV 6", "P99, CV 6", "ratio, CV 6"],
+        rows,
+    )
+
+
+def ablation_table(figures: Figures) -> Table:
+    """SpotServe's parts, and ours."""
+    rows = []
+    for trace in ABLATED_TRACES:
+        for level, title in enumerate(ABLATION_LEVELS):
+            row = [trace, title]
+            for name in ("mean", "p99"):
+                row.append(f"{_ablated(figures, trace, PAPER, name, level):.2f}")
+                row.append(f"{ABLATION[trace][name][level]:.2f}")
+                row.append(f"{_ablated(figures, trace, PAPER, name, level, Arrivals.BURSTY):.2f}")
+                row.append(f"{_ablated(figures, trace, OURS, name, level):.2f}")
+            rows.append(row)
+    columns = ["trace", "parts"]
+    for name in ("mean", "P99"):
+        columns += [name, "paper", "CV 6", "ours"]
+    return Table(
+        "Fig. 9: GPT-20B, latency of all requests over that of the full system, parts removed one after the other",
+        columns,
+        rows,
+    )
+
+
+def _ablated(
+    figures: Figures, trace: str, policy: str, name: str, level: int, arrivals: Arrivals = Arrivals.ARTIFACT
+) -> float:
+    full, ablated = (figures.latency(9, trace, policy, name, arrivals, level=number) for number in (0, level))
+    return ablated / full
+
+
+# --- Ours ---
+
+
+def rivals_table(figures: Figures, arrivals: Arrivals) -> Table:
+    """P99 of all requests: theirs over ours."""
+    rows = []
+    for model in MODELS:
+        for trace in TRACES:
+            row = [model, trace]
+            row += [f"{figures.latency(6, trace, OURS, name, arrivals, model=model):.1f}" for name in ("mean", "p99")]
+            for rival in RIVALS:
+                ratio = figures.p99_ratio(6, trace, (rival, OURS), arrivals, model=model)
+                row += [f"{figures.latency(6, trace, rival, 'p99', arrivals, model=model):.1f}", f"{ratio:.2f}"]
+            rows.append(row)
+    medians = [f"{median(rival_ratios(figures, rival, arrivals)):.2f}" for rival in RIVALS]
+    rows.append(["median", "", "", "", *(cell for ratio in medians for cell in ("", ratio))])
+    columns = ["model", "trace", "mean", "P99", *(cell for rival in RIVALS for cell in (rival, "ratio"))]
+    return Table(f"Ours: P99 in seconds of all requests, and theirs over it; {arrivals} arrivals", columns, rows)
+
+
+def rival_costs_table(figures: Figures) -> Table:
+    """What the P99 of `rivals_table` costs."""
+    policies = (OURS, STRONG, REPLICAS)
+    rows = []
+    for model in MODELS:
+        for trace in TRACES:
+            outcomes = [figures.outcome(6, trace, policy, model=model) for policy in policies]
+            rows.append([model, trace, *(f"{usd_per_100k_tokens(o, o.summary.usd):.2f}" for o in outcomes)])
+    return Table("Ours: USD for 100,000 tokens of logged requests", ["model", "trace", *policies], rows)
+
+
+def rival_ratios(figures: Figures, rival: str, arrivals: Arrivals) -> list[float]:
+    """Of the twelve cells."""
+    return [figures.p99_ratio(6, trace, (rival, OURS), arrivals, model=model) for model in MODELS for trace in TRACES]
+
+
+def checks(figures: Figures) -> list[Check]:
+    """Figures beside their targets."""
+    off = [
+        abs(figures.logged(6, trace, system, name) / printed - 1)
+        for trace in CHECKED_TRACES
+        for system in SYSTEMS
+        for name, printed in zip(("mean", "p99"), SECONDS[trace][system], strict=True)
+    ]
+    sides = [
+        logged_ratio(figures, model, trace, system) > 1
+        for model, traces in P99_RATIOS.items()
+        for trace in traces
+        for system in (REPARALLELIZATION, REROUTING)
+    ]
+    against_paper = rival_ratios(figures, PAPER, Arrivals.ARTIFACT)
+    return [
+        Check(name="GPT-20B on A_S and B_S: worst difference from the artifact", value=max(off), unit="", target=0.2),
+        _at_least("P99 ratios on the printed side of 1, of 24", sum(sides), 24),
+        _at_least("median P99 of spotserve-paper over ours", median(against_paper), 1.3),
+        _at_least("worst P99 of spotserve-paper over ours", min(against_paper), 1.0),
+        *(
+            _at_least(f"median P99 of {rival} over ours, {arrivals} arrivals", ratio, 1.5)
+            for rival in (STRONG, REPLICAS)
+            for arrivals in Arrivals
+            for ratio in [median(rival_ratios(figures, rival, arrivals))]
+        ),
+        _at_least("saving on B_S against on-demand, as the paper compares", printed_saving(figures), 0.54),
+    ]
+
+
+def _at_least(name: str, value: float | None, target: float) -> Check:
+    return Check(name=name, value=value, unit="", target=target, higher_is_better=True)
+
+
+def _of(latencies: Percentiles | None, name: str) -> float:
+    """Infinite of none: nothing was completed."""
+    value = float("inf") if latencies is None else getattr(latencies, name)
+    assert isinstance(value, float)
+    return value
