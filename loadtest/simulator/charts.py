@@ -6,7 +6,7 @@ A figure is `data` (traces) and `layout` of https://plotly.com/javascript/refere
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any, Final
 
@@ -32,7 +32,7 @@ PERCENTILES: Final = tuple(
 TAIL_TICKS: Final = (0.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
 MAX_MARKS: Final = 200
 MAX_POINTS: Final = 1000
-ROW_PX: Final = 130
+ROW_PX: Final = 115
 
 
 class Chart(msgspec.Struct, frozen=True, kw_only=True):
@@ -264,6 +264,26 @@ def pauses(results: Sequence[Result]) -> Chart:
         data=data,
         layout=layout,
     )
+
+
+def bars(
+    chart_id: str, title: str, note: str, names: Sequence[str], values: Mapping[str, Sequence[float]], y_title: str
+) -> Chart:
+    """Groups of bars, one a name; in each a bar a policy."""
+    data = [
+        {
+            "type": "bar",
+            "name": policy,
+            "x": list(names),
+            "y": [_figure(value) for value in heights],
+            "marker": {"color": color_of(policy, list(values))},
+            "hovertemplate": f"{policy}: %{{y:.3s}}<extra></extra>",
+        }
+        for policy, heights in values.items()
+    ]
+    layout = _layout({}, _log({"title": y_title}))
+    layout["hovermode"] = "closest"
+    return Chart(id=chart_id, title=title, note=note, data=data, layout=layout, height_px=420)
 
 
 NOTHING: Final = "nothing"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import msgspec
 import typer
 
 from engine.errors import EngineError
@@ -18,7 +20,8 @@ from loadtest.simulator.metrics import summarize
 from loadtest.simulator.policies import POLICIES
 from loadtest.simulator.policies.step_times import cost_model
 from loadtest.simulator.report import render
-from loadtest.simulator.runs import Report, policies_of, run_all
+from loadtest.simulator.reproduction_page import reproduction_page, shown_tables
+from loadtest.simulator.runs import Report, as_json, figures_of, policies_of, reproduce_with_bar, run_all
 from loadtest.simulator.setup import TRACES, Options, build
 from loadtest.simulator.tables import costs_table, fleet_table, requests_table
 from loadtest.simulator.verdict import of_fleet, of_policies
@@ -167,6 +170,36 @@ def what_if(
     given = locals()
     with _one_line_errors():
         _simulate(_options(given), policies, json_file, html_file)
+
+
+@app.command(
+    epilog=_example(
+        "spotserve simulate reproduce --data ./spotserve-data",
+        "spotserve simulate reproduce --data ./spotserve-data --figures 6,9 --html reproduction.html",
+    )
+)
+def reproduce(
+    data: Annotated[Path, typer.Option(help="Directory with the artifact's traces, queries and profiles.")],
+    figures: Annotated[str, typer.Option(help="Those of the paper to show; all are computed.")] = "6,7,8,9",
+    processes: Annotated[int, typer.Option(help="Simulations at the same time.", min=1)] = os.cpu_count() or 1,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
+) -> None:
+    """The figures of the SpotServe paper again, beside what it prints, and our own policy beside its systems."""
+    with _one_line_errors():
+        chosen = figures_of(figures)
+        reproduction = reproduce_with_bar(data, processes)
+        notes = [f"- {note}" for note in reproduction.notes]
+        shown = [
+            *map(str, shown_tables(reproduction, chosen)),
+            "\n".join(notes),
+            "\n".join(map(str, reproduction.checks)),
+        ]
+        print("\n\n".join(shown))
+        if json_file is not None:
+            _write(json_file, as_json({"command": _command_line(), **msgspec.structs.asdict(reproduction)}))
+        if html_file is not None:
+            _write(html_file, render(reproduction_page(reproduction, chosen, _command_line())).encode())
 
 
 def _options(given: Mapping[str, Any]) -> Options:

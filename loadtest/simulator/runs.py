@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import msgspec
 from rich.console import Console
@@ -16,6 +17,9 @@ from loadtest.simulator.metrics import Summary
 from loadtest.simulator.policies import POLICIES
 from loadtest.simulator.policies.base import Policy
 from loadtest.simulator.report import Page, Section
+from loadtest.simulator.reproduce import reproduce
+from loadtest.simulator.reproduction import Reproduction, summarize_reproduction
+from loadtest.simulator.reproduction_page import FIGURES
 from loadtest.simulator.result import Result
 from loadtest.simulator.scenario import Scenario
 from loadtest.simulator.setup import Setup
@@ -41,11 +45,7 @@ def run_all(scenario: Scenario, policies: Sequence[Policy]) -> tuple[list[Result
     can.
     """
     results, failures = [], []
-    columns = TextColumn("{task.description:>18}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")
-    console = Console(stderr=True)
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
+    with _bar() as progress:
         for policy in policies:
             task = progress.add_task(policy.name, total=scenario.trace.end_s)
             try:
@@ -55,6 +55,39 @@ def run_all(scenario: Scenario, policies: Sequence[Policy]) -> tuple[list[Result
     if not results:
         raise SimulationError(" ".join(failures))
     return results, failures
+
+
+def figures_of(given: str) -> list[int]:
+    """Numbers of the paper's figures. Raises InputError."""
+    known = [str(figure) for figure in FIGURES]
+    words = [word.strip() for word in given.split(",")]
+    for word in words:
+        if word not in known:
+            raise InputError("--figures", None, None, f"{word!r} is not one of {', '.join(known)}")
+    return [int(word) for word in words]
+
+
+def reproduce_with_bar(data: Path, num_processes: int) -> Reproduction:
+    """Raises as `reproduce`."""
+    with _bar() as progress:
+        task = progress.add_task("reproduction", total=None)
+
+        def on_task(num_done: int, num_all: int) -> None:
+            progress.update(task, completed=num_done, total=num_all)
+
+        outcomes = reproduce(data, num_processes=num_processes, on_task=on_task)
+    return summarize_reproduction(outcomes)
+
+
+def as_json(content: object) -> bytes:
+    """Indented; what has no value is null."""
+    return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+
+
+def _bar() -> Progress:
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description:>18}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")
+    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
 
 
 def _advance(progress: Progress, task: TaskID, now_s: float) -> None:
@@ -91,7 +124,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
                 for summary, result in zip(self.summaries, self.results, strict=True)
             ],
         }
-        return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+        return as_json(content)
 
     def as_page(self) -> Page:
         """For people."""

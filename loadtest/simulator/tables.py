@@ -14,12 +14,12 @@ from loadtest.simulator.setup import Fact
 from loadtest.simulator.what_if import FleetRow
 
 DESCRIPTIONS: Final = {
-    "spotserve": "the planner of this project: continuous batching, only touched pipelines stop, unequal pipelines",
+    "spotserve": "the planner of this project, on all that the trace offers; only touched pipelines stop",
     "spotserve-paper": "SpotServe as published: static batches, equal pipelines, all of them stop at each change",
     "reparallelization": "the paper's first baseline: as above, but restarts and loads weights at each change",
     "rerouting": "the paper's second baseline: one shape for good, pipelines come and go whole",
     "rerouting-strong": "the same with continuous batching and the best shape for the smallest fleet",
-    "replicas": "whole replicas on spot with on-demand fallback, as SkyServe does",
+    "replicas": "as many whole replicas as the load needs, on spot with on-demand fallback, as SkyServe does",
     "on-demand": "as many on-demand instances, all the time, as the trace has at most",
 }
 
