@@ -6,6 +6,7 @@ Every run is a small task of its own; tasks are spread over processes, and the s
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -80,7 +81,7 @@ def reproduce(data: Path, *, num_processes: int = 2, on_task: OnTask | None = No
     done: dict[Task, Outcome] = {}
     paper_scenario(data, WORKLOAD_MODEL, "A_S")  # what is missing should be told before processes start
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=spawn) as processes:
+    with ProcessPoolExecutor(num_processes, mp_context=spawn, initializer=_leave_interrupts) as processes:
         running = [processes.submit(run_task, data, task) for task in todo]
         try:
             for future in as_completed(running):
@@ -92,6 +93,11 @@ def reproduce(data: Path, *, num_processes: int = 2, on_task: OnTask | None = No
             processes.shutdown(cancel_futures=True)
             raise
     return [done[task] for task in todo]
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C is for the process that started the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def run_task(data: Path, task: Task) -> Outcome:

@@ -298,7 +298,7 @@ def own_saving_note(figures: Figures) -> str:
         if _of(fleet.logged, "mean") <= _of(spot.logged, "mean"):
             fleet_usd = usd_per_100k_tokens(fleet, fleet.summary.usd)
             saving = 1 - usd_per_100k_tokens(spot, spot.summary.usd) / fleet_usd
-            return f"Ours on B_S saves {saving:.0%} against {num} on-demand instances with our own engine, as fast on the mean."
+            return f"Ours on B_S saves {saving:.0%} against {num} on-demand instances with our own engine, as fast."
     return f"Even {OWN_FLEETS[-1]} on-demand instances with our own engine are slower on the mean than ours on B_S."
 
 
