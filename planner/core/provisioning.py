@@ -47,10 +47,13 @@ class Provisioning:
         plan: Plan | None,
         peak_per_s: float,
         now_s: float,
+        *,
+        may_release: bool,
     ) -> DesiredCapacity | None:
         """What the fleet should have, if that has changed.
 
-        `costs` is None until an instance has shown the model. `peak_per_s`: arrivals that were seen lately.
+        `costs` is None until an instance has shown the model. `peak_per_s`: arrivals that were seen lately; without
+        `may_release` they have not been watched for long enough to give anything back.
         """
         self.is_due, self._answered_at_s = False, now_s
         statuses = fleet.statuses()
@@ -60,6 +63,9 @@ class Provisioning:
         else:
             num_ranks = fleet.num_ranks_per_instance()
             desired = desired_capacity(costs, targets, num_ranks, count, self.limits, peak_per_s=peak_per_s)
+            if not may_release:
+                spot, on_demand = max(desired.spot, count.spot), max(desired.on_demand, count.on_demand)
+                desired = msgspec.structs.replace(desired, spot=spot, on_demand=on_demand)
             release = instances_to_release(desired, statuses, plan, fleet.kv_tokens())
             desired = msgspec.structs.replace(desired, release=release)
         if self.desired is not None and _numbers(desired) == _numbers(self.desired):

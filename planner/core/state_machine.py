@@ -38,7 +38,7 @@ from planner.core.fleet import OUTLIVED_S, Fleet, Sign
 from planner.core.intake import check_inventory, check_load, check_notice
 from planner.core.invariants import check_plan
 from planner.core.links import Links
-from planner.core.load import Load
+from planner.core.load import PEAK_S, Load
 from planner.core.planning import Situation, make_plan, retirement_kv_s
 from planner.core.profile import Profile
 from planner.core.provisioning import Provisioning
@@ -450,9 +450,13 @@ class PlannerState:
             expected_calm_s=self._expected_calm_s(now_s),
             num_ranks_per_instance=self.fleet.num_ranks_per_instance(),
             usd_per_rank_h=self._provisioning.usd_per_rank_h(self.fleet.markets()) if self._provisioning else 0.0,
-            can_release=self._provisioning is not None,
+            can_release=self._provisioning is not None and self._may_release(now_s),
             reviews_notices=True,
         )
+
+    def _may_release(self, now_s: float) -> bool:
+        """A planner that has just been started does not know yet what load is usual."""
+        return self._watching_since_s is not None and now_s >= self._watching_since_s + PEAK_S
 
     def _expected_calm_s(self, now_s: float) -> float:
         since_s = self._watching_since_s if self._watching_since_s is not None else now_s
@@ -482,7 +486,10 @@ class PlannerState:
                 self._memory_bytes = memory_bytes
                 costs = self._costs(self.model, memory_bytes, now_s, self._corrections)
             peak_per_s = self._load.peak_per_s(now_s)
-            desired = provisioning.answer(costs, self.targets, self.fleet, self.plan, peak_per_s, now_s)
+            may_release = self._may_release(now_s)
+            desired = provisioning.answer(
+                costs, self.targets, self.fleet, self.plan, peak_per_s, now_s, may_release=may_release
+            )
         except Exception as error:  # noqa: BLE001 - as for plans: the last answer stands
             fields = {"error": f"{type(error).__name__}: {error}"}
             return [Report(event="no answer on capacity, the last one stands", fields=fields, severity=Severity.ERROR)]

@@ -35,7 +35,7 @@ async def test_status_has_the_documented_keys(stack: Stack) -> None:
     async with Session(stack) as session:
         await session.quiet(2)
     status = stack.status()
-    assert set(status) == {"epoch", "instances", "pipelines", "requests"}
+    assert set(status) == {"epoch", "instances", "pipelines", "requests", "planner"}
     assert [set(i) for i in status["instances"]] == [{"id", "market", "state", "deadline_s", "ranks"}] * 2
     assert [i["state"] for i in status["instances"]] == ["ready", "ready"]
     assert [len(i["ranks"]) for i in status["instances"]] == [2, 2]

@@ -9,6 +9,7 @@ from planner.core.agenda import RETRY_DELAYS_S
 from planner.core.capacity import CapacityLimits
 from planner.core.effects import Severity, Tick
 from planner.core.fleet import OUTLIVED_S, REQUEST_TIMEOUT_S, STARTING_TIMEOUT_S
+from planner.core.load import PEAK_S
 from planner.core.rollout import REVIVE_MARGIN_S
 from planner.core.setbacks import HANG_EXCLUSION_S
 from planner.errors import InventoryError, MessageError
@@ -388,7 +389,11 @@ def test_desired_capacity_follows_the_load_within_its_limits(make_world):
     world.send(Tick())
     assert [(d.spot, d.on_demand) for d in world.desired] == [(1, 0)], "one shows the model"
     world.join("i1", "i2", "i3")
-    assert (world.desired[-1].spot, world.desired[-1].release) == (1, ["i2", "i3"])
+    world.send(LoadReport(gateway="g", arrivals_per_s=0.0, running=0, waiting=0))
+    assert (world.desired[-1].spot, world.desired[-1].release) == (3, []), "the load may have been away only now"
+    world.advance(PEAK_S)
+    world.send(LoadReport(gateway="g", arrivals_per_s=0.0, running=0, waiting=0))
+    assert (world.desired[-1].spot, world.desired[-1].release) == (1, ["i1", "i2"])
     assert world.state.status(world.now_s).desired == world.desired[-1]
     for _ in range(40):
         world.send(LoadReport(gateway="g", arrivals_per_s=500.0, running=9, waiting=9))
