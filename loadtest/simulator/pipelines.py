@@ -252,8 +252,7 @@ class Pipeline:
 
         `then` gets all its sequences: those that have `computed` tokens have their KV here.
         """
-        if self._ended:
-            return
+        assert not self._ended, f"{self.id} has ended"
         self.takes_requests = False
         self._stop = _Stop(deadline_s, migration_s, margin_s, then)
         if self._round is None:
@@ -267,8 +266,7 @@ class Pipeline:
         """It lost a rank: steps that have ended count. Returns all its sequences; the caller says what becomes of
         their KV.
         """
-        if self._ended:
-            return []
+        assert not self._ended, f"{self.id} has ended"
         if self._round is not None:
             num_ended = self._round.num_ended(self.clock.now_s)
             if num_ended:

@@ -31,7 +31,8 @@ class ReroutingStrong:
 class _Rank(msgspec.Struct, eq=False):
     instance: str
     position: int | None = None
-    """Whose weights it holds."""
+    """Whose weights it holds, or is loading."""
+    is_loading: bool = False
     pipeline: str | None = None
 
 
@@ -83,8 +84,8 @@ class _Run:
         self._ranks = [rank for rank in self._ranks if rank.instance != instance]
         for rank in self._ranks:
             if rank.pipeline in broken:
-                if rank.pipeline in self._starts:  # it has not got its weights yet
-                    rank.position = None
+                if rank.is_loading:
+                    rank.position, rank.is_loading = None, False
                 rank.pipeline = None
         for pipeline in broken & self._starts.keys():
             self._starts.pop(pipeline).cancel()
@@ -120,11 +121,13 @@ class _Run:
         for position, rank in enumerate(ranks):
             if rank.position != position:
                 num_bytes[rank.instance] += self._position_bytes[position]
-                rank.position = position
+                rank.position, rank.is_loading = position, True
         return max(num_bytes.values(), default=0) / self._scenario.links.disk_bytes_per_s
 
     def _start(self, name: str) -> None:
         self._starts.pop(name)
         members = [rank for rank in self._ranks if rank.pipeline == name]
+        for rank in members:
+            rank.is_loading = False
         deadline_s = min((self._deadlines_s.get(rank.instance, math.inf) for rank in members), default=math.inf)
         self._fleet.serve(name, deadline_s)

@@ -75,11 +75,14 @@ def random_scenario(seed, make_scenario):
     )
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-@pytest.mark.parametrize("seed", range(6))
-def test_every_request_ends_once_and_with_its_tokens(policy, seed, make_scenario):
+MANY = [(name, seed) for name in POLICIES for seed in range(5)]
+MANY += [(name, seed) for name in ("spotserve", "replicas", "rerouting-strong") for seed in range(5, 15)]
+
+
+@pytest.mark.parametrize(("name", "seed"), MANY)
+def test_every_request_ends_once_and_with_its_tokens(name, seed, make_scenario):
     scenario = random_scenario(seed, make_scenario)
-    result = run(policy, scenario)
+    result = run(POLICIES[name], scenario)
     end_s = scenario.trace.end_s
     assert [o.id for o in result.outcomes] == [r.id for r in scenario.requests]
     for request, outcome in zip(scenario.requests, result.outcomes, strict=True):
@@ -267,6 +270,49 @@ def test_replicas_do_not_rent_more_than_they_need(make_scenario, make_trace, mak
     sizing = size_replicas(scenario)
     result = run(Replicas(), scenario)
     assert result.fleet[-1].num_spot == sizing.instances * (sizing.num_wanted + 1) < 6
+
+
+@pytest.mark.parametrize("policy", [Replicas(), ReroutingStrong()], ids=["replicas", "rerouting"])
+def test_without_recovery_a_lost_request_begins_again(policy, make_scenario, make_trace, make_requests):
+    trace = make_trace((0, "+", "a b c d"), (20.05, "-", "a"))
+    scenario = make_scenario(trace=trace, requests=make_requests(100, 0.5), notice_s=0.0, memory_bytes=300_000_000)
+    result = run(policy, scenario)
+    assert {o.fate for o in result.outcomes} == {Fate.COMPLETED}
+    hit = [o for o in result.outcomes if o.tokens_recomputed]
+    assert hit
+    assert all(o.arrival_s < 20.05 < o.first_token_s for o in hit)
+    assert [pause.cause for pause in result.pauses] == ["a lost"]
+
+
+def test_replicas_on_demand_go_when_spot_comes_back_before_they_are_up(make_scenario, make_trace, make_requests):
+    trace = make_trace((0, "+", "a b"), (20, "-", "b"), (28, "+", "c"), end_s=60.0)
+    scenario = make_scenario(
+        trace=trace, requests=make_requests(100, 0.5), acquisition_s=9.0, notice_s=0.0, memory_bytes=300_000_000
+    )
+    result = run(Replicas(), scenario)
+    assert {o.fate for o in result.outcomes} == {Fate.COMPLETED}
+    assert 0 < result.instance_hours_on_demand < 15 / 3600
+    assert result.fleet[-1].num_on_demand == 0
+
+
+def test_kv_that_nobody_took_in_time_is_computed_again(make_scenario, make_trace, make_requests):
+    """The old instance goes before there is a new one: no heir could take the sequences."""
+    trace = make_trace((0, "+", "a"), (20, "-", "a"), (25, "+", "b"))
+    scenario = make_scenario(trace=trace, requests=make_requests(40, 0.5, output_tokens=180))
+    result = run(SpotServe(), scenario)
+    assert {o.fate for o in result.outcomes} == {Fate.COMPLETED}
+    assert any(o.tokens_recomputed > 64 for o in result.outcomes)
+
+
+def test_an_instance_that_goes_while_others_pull_from_it_is_replaced_as_a_source(
+    make_scenario, make_trace, make_requests
+):
+    slow = msgspec.structs.replace(make_scenario().links, inter_bytes_per_s=2e7, disk_bytes_per_s=1e7)
+    trace = make_trace((0, "+", "a b"), (5, "+", "c"), (8, "-", "a"), (9, "-", "b"), (11, "+", "d"), (13, "-", "c"))
+    for notice_s in (0.0, 1.0):
+        scenario = make_scenario(trace=trace, requests=make_requests(30, 0.5), links=slow, notice_s=notice_s)
+        result = run(SpotServe(), scenario)
+        assert {o.fate for o in result.outcomes} == {Fate.COMPLETED}
 
 
 def test_replicas_follow_the_load_up(make_scenario, make_trace, make_requests):
