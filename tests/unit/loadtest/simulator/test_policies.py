@@ -1,8 +1,12 @@
 """Every policy on random small traces: what must hold whatever happens; and what each of them is meant to do."""
 
 import math
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -142,6 +146,27 @@ def test_the_same_scenario_gives_the_same_result_to_the_byte(policy, make_scenar
     scenario = random_scenario(3, make_scenario)
     first, second = (msgspec.json.encode(run(policy, scenario)) for _ in range(2))
     assert first == second
+
+
+DIGEST = """
+import hashlib, msgspec, conftest, test_policies
+scenario = test_policies.random_scenario(7, conftest.build_scenario)
+results = [test_policies.run(policy, scenario) for policy in test_policies.ALL]
+print(hashlib.sha256(msgspec.json.encode(results)).hexdigest())
+"""
+
+
+def test_another_process_gives_the_same_result_to_the_byte():
+    """Sets of names have another order there."""
+    here = Path(__file__).parent
+    digests = set()
+    for hash_seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": f"{here}:{here.parents[3]}"}
+        done = subprocess.run(
+            [sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True, timeout=60
+        )
+        digests.add(done.stdout)
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
