@@ -34,6 +34,10 @@ class Grammars:
         self._compiled: dict[str, LLMatcher] = {}
         self._lock = threading.Lock()
 
+    def knows(self, grammar: str) -> bool:
+        """Whether `compile` returns at once."""
+        return grammar in self._compiled
+
     def compile(self, grammar: str) -> LLMatcher:
         """The grammar's matcher before the first token; the caller copies it.
 

@@ -223,6 +223,8 @@ class Leader(PipelineThread):
         super().__init__(parts, events)
         self.scheduler = scheduler
         self._grammars = grammars
+        # One at a time: the few threads of the event loop's pool have transfers to do.
+        self._compiling = asyncio.Lock()
         self._sampler = StepSampler(GrammarMasks(grammars, 2 * scheduler.limits.max_batch, parts.device))
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._inbox_lock = threading.Lock()
@@ -238,9 +240,11 @@ class Leader(PipelineThread):
 
     async def submit(self, request: GenerateRequest) -> SubmitReply:
         """Hand a request to the scheduler; its grammar is compiled first, beside the steps."""
-        if request.sampling.grammar is not None:
+        grammar = request.sampling.grammar
+        if grammar is not None and not self._grammars.knows(grammar):
             try:
-                await asyncio.to_thread(self._grammars.compile, request.sampling.grammar)
+                async with self._compiling:
+                    await asyncio.to_thread(self._grammars.compile, grammar)
             except GrammarError as error:
                 return SubmitReply(accepted=False, reason=RejectReason.INVALID, detail=f"sampling.grammar: {error}")
         rejected = SubmitReply(accepted=False, reason=RejectReason.NOT_LEADER, detail=f"{self.id} has stopped")
