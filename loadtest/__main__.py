@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -11,8 +12,10 @@ from typing import Annotated, Final
 
 import typer
 
-from loadtest import decision_bench, memory_bench, pause_bench, startup_bench
+from deploy.default_model import cache_dir, default_model_dir
+from loadtest import decision_bench, gateway_bench, memory_bench, pause_bench, startup_bench
 from loadtest.errors import BenchError
+from loadtest.gateway_bench import GatewayOptions
 from loadtest.pause_bench import PauseOptions
 from loadtest.report import Machine, Report, write_json
 from loadtest.simulator import command
@@ -61,6 +64,7 @@ def everything(
             lambda: startup_bench.run([], runs),
             lambda: memory_bench.run([], pause_bench.NUM_INSTANCES),
             lambda: decision_bench.run(list(decision_bench.TARGETS_S), 3),
+            lambda: gateway_bench.run(GatewayOptions(model=_default_model())),
         ],
         json_file,
     )
@@ -146,6 +150,37 @@ def decisions(
 ) -> None:
     """How long the planner takes to decide about fleets of up to thousands of ranks."""
     _run([lambda: decision_bench.run(sorted(set(ranks or decision_bench.TARGETS_S)), rounds)], json_file)
+
+
+@app.command(
+    epilog=_example("python -m loadtest gateway", "python -m loadtest gateway --no-litellm --window 3 --streams 200")
+)
+def gateway(
+    window: Annotated[float, typer.Option(help="Seconds of each measurement.", min=0.5)] = 8.0,
+    connections: Annotated[
+        int, typer.Option(help="Clients that ask again as soon as they have an answer.", min=1)
+    ] = 32,
+    streams: Annotated[int, typer.Option(help="Streams of the test with many at once.", min=1)] = 1000,
+    litellm: Annotated[bool, typer.Option(help="LiteLLM's proxy beside it; installed once if need be.")] = True,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Directory with a tokenizer and chat template.", show_default="the default model"),
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """What the gateway alone can do, in front of a scripted engine and beside LiteLLM's proxy."""
+    options = GatewayOptions(
+        model=model or _default_model(),
+        window_s=window,
+        num_connections=connections,
+        num_streams=streams,
+        with_litellm=litellm,
+    )
+    _run([lambda: gateway_bench.run(options)], json_file)
+
+
+def _default_model() -> Path:
+    return default_model_dir(cache_dir(os.environ))
 
 
 def _decode(model: str | None, dtype: str, threads: int, streams: list[int], rounds: int) -> Report:
