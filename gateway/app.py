@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -18,17 +21,21 @@ from opentelemetry.trace import Tracer
 
 from gateway import openapi
 from gateway.errors import ApiError, server_error
-from gateway.routes import generation, health, models, responses, tokenize
+from gateway.routes import generation, health, metrics, models, responses, tokenize
+from gateway.routes.access import identify
+from gateway.services.admin_server import AdminServer
 from gateway.services.bus import Bus
+from gateway.services.caller import current_caller
 from gateway.services.dispatcher import Dispatcher
 from gateway.services.front import Front, version
+from gateway.services.key_file import SharedUsage, WatchedKeys
+from gateway.services.listener import listen
 from gateway.services.responses import Responses
 from gateway.services.tokenizer import TextTokenizer
-from gateway.settings import Settings
+from gateway.settings import Settings, is_loopback
 
 _log = logging.getLogger(__name__)
 
-_MAX_BODY_BYTES = 8 * 1024 * 1024
 _MAX_REQUEST_ID_CHARS = 128
 
 
@@ -36,17 +43,27 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
     """The application; its NATS connection is made at start-up, in the background. `app.state.front` serves it."""
     bus = Bus(settings.nats_url, settings.model, settings.gateway_id)
     dispatcher = Dispatcher(settings, bus)
+    keys = WatchedKeys(Path(settings.api_keys)) if settings.api_keys else None
+    if keys is not None and not len(keys.ring) and not is_loopback(settings.host):
+        _log.warning("%s has no key: nobody can use the API", settings.api_keys)
     front = Front(settings, tokenizer, dispatcher, tracer)
     kept = Responses(front, bus, settings.model)
+    admin = _admin_server(settings, front)
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         dispatcher.start()
+        admin.start()
+        tasks = [asyncio.create_task(run) for run in _key_tasks(settings, keys, bus, dispatcher)]
         try:
             yield
         finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await kept.close()
             await dispatcher.close()
+            await admin.stop()
 
     return Litestar(
         route_handlers=[
@@ -66,19 +83,62 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
             health.health,
             health.ready,
             health.requests,
+            *([metrics.metrics] if settings.public_metrics else []),
         ],
         lifespan=[lifespan],
-        state=State({"front": front, "responses": kept, "openapi": openapi.document(version())}),
+        state=State(
+            {
+                "front": front,
+                "api_keys": keys,
+                "admin": admin,
+                "responses": kept,
+                "openapi": openapi.document(version()),
+            }
+        ),
         exception_handlers={
             ApiError: _on_api_error,
             HTTPException: _on_http_exception,
             Exception: _on_exception,
         },
-        before_send=[_add_request_id],
-        request_max_body_size=_MAX_BODY_BYTES,
+        before_request=identify,
+        before_send=[_add_request_id, _rate_headers(dispatcher)],
+        request_max_body_size=settings.max_body_bytes,
         openapi_config=None,
         logging_config=None,
     )
+
+
+def _admin_server(settings: Settings, front: Front) -> AdminServer:
+    """Raises SettingsError if its port is taken."""
+    app = Litestar(
+        route_handlers=[health.health, health.ready, health.requests, metrics.metrics],
+        state=State({"front": front}),
+        exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_exception, Exception: _on_exception},
+        openapi_config=None,
+        logging_config=None,
+    )
+    return AdminServer(app, listen(settings.admin_host, settings.admin_port, "SPOTSERVE_GATEWAY_ADMIN_PORT"))
+
+
+def _key_tasks(
+    settings: Settings, keys: WatchedKeys | None, bus: Bus, dispatcher: Dispatcher
+) -> list[Coroutine[Any, Any, None]]:
+    if keys is None:
+        return []
+    return [keys.run(), SharedUsage(bus, settings.model, dispatcher.accounts.limits).run()]
+
+
+def _rate_headers(dispatcher: Dispatcher) -> Callable[[Message, Scope], Awaitable[None]]:
+    """`x-ratelimit-*` on every response to a key that has limits."""
+
+    async def add(message: Message, _: Scope) -> None:
+        key = current_caller.get().principal.key
+        if message["type"] == "http.response.start" and key is not None:
+            headers = MutableScopeHeaders.from_message(message)
+            for name, value in dispatcher.accounts.limits.headers(key, time.time()).items():
+                headers[name] = value
+
+    return add
 
 
 async def _add_request_id(message: Message, scope: Scope) -> None:
@@ -109,7 +169,9 @@ def _on_http_exception(request: Request[Any, Any, Any], error: HTTPException) ->
     messages: dict[HTTPStatus, Callable[[], str]] = {
         HTTPStatus.NOT_FOUND: lambda: f"Unknown URL: {method} {path}",
         HTTPStatus.METHOD_NOT_ALLOWED: lambda: f"{path} does not take {method}",
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: lambda: f"The body exceeds {_MAX_BODY_BYTES} bytes",
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: lambda: (
+            f"The body exceeds {request.app.state.front.settings.max_body_bytes} bytes"
+        ),
     }
     message = messages.get(status, lambda: status.phrase)()
     code = "unknown_url" if status is HTTPStatus.NOT_FOUND else None

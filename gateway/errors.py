@@ -95,14 +95,29 @@ def queue_full(waiting: int, retry_after_s: int) -> ApiError:
     )
 
 
-def unavailable(message: str, retry_after_s: int = 5) -> ApiError:
-    """503: nothing serves the request now, or not in time."""
+REASON_HEADER = "x-spotserve-reason"
+
+
+def unavailable(message: str, reason: str = "unavailable", retry_after_s: int = 5) -> ApiError:
+    """503: the fleet does not serve the request now; `reason` is for programs: no_pipeline, queue_timeout, draining."""
     return ApiError(
         HTTPStatus.SERVICE_UNAVAILABLE,
         message,
         kind="service_unavailable_error",
-        code="server_is_overloaded",
+        code=reason,
         retry_after_s=retry_after_s,
+        headers={REASON_HEADER: reason},
+    )
+
+
+def timed_out(timeout_s: float) -> ApiError:
+    """504: the request's own time is over; to send it again would take as long."""
+    return ApiError(
+        HTTPStatus.GATEWAY_TIMEOUT,
+        f"The request was not done in {timeout_s:g} s.",
+        kind="timeout_error",
+        code="request_timeout",
+        headers={REASON_HEADER: "request_timeout", "x-should-retry": "false"},
     )
 
 

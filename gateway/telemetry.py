@@ -69,7 +69,7 @@ class RequestTrace:
     def choice(self, index: int) -> ChoiceTrace:
         return ChoiceTrace(self, index)
 
-    def child(self, name: str, attributes: Mapping[str, str | int]) -> Span:
+    def child(self, name: str, attributes: Mapping[str, str | int | float]) -> Span:
         return self._tracer.start_span(name, context=self._context, attributes=dict(attributes))
 
     def end(self, *, prompt_tokens: int, completion_tokens: int, error: str | None = None) -> None:
@@ -93,9 +93,11 @@ class ChoiceTrace:
         self.end()
         self._span = self._request.child("queue", {"choice": self._index, "reason": reason})
 
-    def attempt(self, pipeline: str, attempt: int, reason: str) -> None:
+    def attempt(self, pipeline: str, attempt: int, reason: str, why: Mapping[str, str | int | float]) -> None:
+        """`why`: what spoke for the pipeline."""
         self.end()
-        attributes: dict[str, str | int] = {
+        attributes: dict[str, str | int | float] = {
+            **why,
             "choice": self._index,
             "pipeline": pipeline,
             "attempt": attempt,

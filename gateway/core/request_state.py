@@ -29,6 +29,8 @@ SILENCE_S = 1.5
 """Without an entry for so long, ask for what may have been lost."""
 ASK_AGAIN_S = 0.5
 """Between two questions while the answers help nothing."""
+MAX_BROKEN = 5
+"""Pipelines that may break without notice under one request: after these it is suspected of doing it."""
 MAX_UNKNOWN = 3
 """Unhelpful answers in a row after which the pipeline has lost the sequence."""
 
@@ -72,6 +74,8 @@ class ResendAnswered(Event, frozen=True):
     entry: TokenEntry | None
     in_plan: bool
     """Whether the plan still counts on the pipeline."""
+    noticed: bool = False
+    """The pipeline was under notice."""
 
 
 class PipelineBroken(Event, frozen=True):
@@ -79,6 +83,8 @@ class PipelineBroken(Event, frozen=True):
 
     pipeline: str
     reason: str
+    noticed: bool = False
+    """It was under notice: that is not the request's doing."""
 
 
 class PipelineRetires(Event, frozen=True):
@@ -134,9 +140,10 @@ class AskResend(Effect, frozen=True):
 
 
 class Cancel(Effect, frozen=True):
-    """The pipeline need not go on with it."""
+    """The pipeline need not go on with it: with this attempt and older ones."""
 
     pipeline: str
+    attempt: int
 
 
 class ReleaseHeld(Effect, frozen=True):
@@ -155,8 +162,15 @@ class ChoiceState:
     """One choice; `request_id` is its own on the wire, so that it can be cancelled alone."""
 
     def __init__(
-        self, request_id: str, choice: int, prompt_ids: list[int], sampling: SamplingParams, deadline_s: float
+        self,
+        request_id: str,
+        choice: int,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        deadline_s: float,
+        max_broken: int = MAX_BROKEN,
     ) -> None:
+        """It fails when `max_broken` pipelines have broken under it, without notice."""
         self.request_id = request_id
         self.choice = choice
         self.prompt_ids = prompt_ids
@@ -165,6 +179,8 @@ class ChoiceState:
         self.phase = Phase.QUEUED
         self.cancelled = False
         self.attempt = 0
+        self.num_broken = 0
+        self._max_broken = max_broken
         self.pipeline: str | None = None
         self.last_pipeline: str | None = None
         """Of the attempt before; its heir is the first choice."""
@@ -213,7 +229,7 @@ class ChoiceState:
             case ResendAnswered():
                 return self._resend_answered(event, now_s)
             case PipelineBroken() if event.pipeline == self.pipeline:
-                return self._interrupt(event.reason, None)
+                return self._broken(event.reason, noticed=event.noticed)
             case PipelineRetires() if event.pipeline == self.pipeline:
                 self._give_up_s = event.give_up_s
             case BusReturned():
@@ -231,7 +247,7 @@ class ChoiceState:
             return []
         self.cancelled = True
         maybe_running = self.pipeline or (self.last_pipeline if self.reached_last_pipeline else None)
-        cancelled: list[Effect] = [Cancel(maybe_running)] if maybe_running else []
+        cancelled: list[Effect] = [Cancel(maybe_running, self.attempt)] if maybe_running else []
         return cancelled + self._end()
 
     def check_invariants(self) -> None:
@@ -313,7 +329,7 @@ class ChoiceState:
             self._num_unknown += 1
         if self._num_unknown < MAX_UNKNOWN:
             return []
-        return self._interrupt("the pipeline does not know the sequence", None)
+        return self._broken("the pipeline does not know the sequence", noticed=event.noticed)
 
     def _tick(self, now_s: float) -> list[Effect]:
         if self.pipeline is None:
@@ -322,6 +338,12 @@ class ChoiceState:
         if self._give_up_s is not None and now_s >= self._give_up_s and silent:
             return self._interrupt("the retiring pipeline did not hand it back in time", None)
         return self._ask(now_s) if now_s >= self._ask_at_s else []
+
+    def _broken(self, reason: str, *, noticed: bool) -> list[Effect]:
+        self.num_broken += not noticed
+        if self.num_broken < self._max_broken:
+            return self._interrupt(reason, None)
+        return [*self._end(), Fail(f"{self.num_broken} pipelines broke while they ran it; the last: {reason}")]
 
     def _interrupt(self, reason: str, kv_source: KvSource | None) -> list[Effect]:
         assert self.pipeline is not None

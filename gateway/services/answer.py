@@ -104,11 +104,13 @@ class Answer:
         usage_event = sse.event(self._format.usage_chunk(self.usage)) if include_usage else b""
         yield usage_event + sse.DONE
 
-    def close(self) -> None:
-        """Stop what still runs; does nothing the second time."""
+    def close(self, cause: str | None = None) -> None:
+        """Stop what still runs, for `cause` (None: the client has gone); does nothing the second time."""
         if self._closed:
             return
         self._closed = True
+        if cause is not None:
+            self._outcome = cause
         self._dispatcher.cancel(self._generation)
         usage = self.usage
         self._trace.end(

@@ -27,6 +27,7 @@ from engine.protocol import (
     SubmitReply,
     TokenFrame,
 )
+from gateway.protocol import KeyUsage
 from planner.protocol import LoadReport, Plan, PlannerSubjects
 
 _log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ _CLOSE_TIMEOUT_S = 2.0
 _RECONNECT_WAIT_S = 0.2
 
 _M = TypeVar("_M", SubmitReply, ResendReply)
-_T = TypeVar("_T", TokenFrame, PipelineState, Plan)
+_T = TypeVar("_T", TokenFrame, PipelineState, Plan, KeyUsage)
 
 
 class Listener(Protocol):
@@ -54,6 +55,8 @@ class Listener(Protocol):
 
     def on_connected(self) -> None: ...
 
+    def on_key_usage(self, usage: KeyUsage) -> None: ...
+
 
 class Bus:
     """One NATS connection. `start` returns at once; `connected` tells whether the server is there."""
@@ -66,6 +69,7 @@ class Bus:
         self.on_response_cancelled: Callable[[str], None] = lambda _: None
         """Told the id of a background response that somebody has cancelled."""
         self._cancelled_responses = f"{self._planner.prefix}.responses.cancel"
+        self._key_usage = f"{self._planner.prefix}.key_usage"
         self._client = Client()
         self._encoder = msgspec.msgpack.Encoder()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -108,8 +112,9 @@ class Bus:
         payload = self._encoder.encode(request)
         return await self._request(self._engine.resend(pipeline), payload, _RESEND_TIMEOUT_S, ResendReply)
 
-    async def cancel(self, pipeline: str, request_id: str) -> None:
-        await self._publish(self._engine.cancel(pipeline), CancelRequest(request_id=request_id))
+    async def cancel(self, pipeline: str, request_id: str, attempt: int) -> None:
+        """End `attempt` of the request, and older ones, if they run there."""
+        await self._publish(self._engine.cancel(pipeline), CancelRequest(request_id=request_id, attempt=attempt))
 
     async def cancel_response(self, response_id: str) -> None:
         """Tell all gateways of the model that this background response is not wanted any more."""
@@ -125,6 +130,10 @@ class Bus:
 
     async def report_load(self, report: LoadReport) -> None:
         await self._publish(self._planner.load(self._gateway_id), report)
+
+    async def share_key_usage(self, usage: KeyUsage) -> None:
+        """Tell all gateways of the model, this one too."""
+        await self._publish(self._key_usage, usage)
 
     async def _publish(self, subject: str, message: msgspec.Struct) -> None:
         # While the server is away the client would keep it and send it late, when it means something else.
@@ -191,6 +200,7 @@ class Bus:
         await self._subscribe(self._engine.all_tokens_of(self._gateway_id), TokenFrame, listener.on_frame)
         await self._subscribe(self._engine.all_states, PipelineState, listener.on_state)
         await self._subscribe(self._planner.plan, Plan, listener.on_plan)
+        await self._subscribe(self._key_usage, KeyUsage, listener.on_key_usage)
         await self._client.subscribe(self._cancelled_responses, cb=self._receive_cancelled)
         listener.on_connected()
         while True:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -16,27 +16,31 @@ import msgspec
 from engine.protocol import PipelineState, RejectReason, ReleaseKv, ResendRequest, SamplingParams, TokenFrame
 from gateway.core import request_state
 from gateway.core.admission_queue import AdmissionQueue
+from gateway.core.keys import Principal
 from gateway.core.request_state import ChoiceState, Effect, Event, Phase
-from gateway.core.router import Fate, Router
+from gateway.core.router import Decision, Fate, Need, Router
 from gateway.errors import (
     ApiError,
     bad_request,
     context_length_exceeded,
     queue_full,
     server_error,
+    timed_out,
     unavailable,
 )
+from gateway.protocol import KeyUsage
+from gateway.services.accounts import Accounts, Times
 from gateway.services.bus import Bus
+from gateway.services.caller import Caller, current_caller
 from gateway.services.generation import Delivery, Generation
 from gateway.settings import Settings
 from gateway.telemetry import ChoiceTrace, RequestTrace
-from planner.protocol import LoadReport, Plan
+from planner.protocol import Plan
 
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.1
 _LOAD_REPORT_S = 1.0
-_LOAD_WINDOW_S = 30.0
 _RETRY_S = 0.05
 """A refused request waits so long ..."""
 _REFUSED_S = 0.25
@@ -58,6 +62,13 @@ class _Running(msgspec.Struct):
     generation: Generation
     index: int
     trace: ChoiceTrace
+    principal: Principal
+    timeout_s: float
+    times: Times
+    pipeline: str = ""
+    """The last one."""
+    finish: str | None = None
+    """How it has ended by itself."""
 
 
 class Dispatcher:
@@ -68,13 +79,14 @@ class Dispatcher:
         self._bus = bus
         self._clock = clock
         self.router = Router()
-        self._queue = AdmissionQueue(settings.max_queue, settings.queue_timeout_s, settings.no_pipeline_timeout_s)
+        self._queue = AdmissionQueue(
+            settings.max_queue, settings.queue_timeout_s, settings.no_pipeline_timeout_s, settings.queue_aging_s
+        )
         self._choices: dict[str, _Running] = {}
         self._pipelines_since_s: float | None = None
         self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._arrivals: deque[tuple[float, int]] = deque()
-        self._outputs: deque[tuple[float, int]] = deque()
+        self.accounts = Accounts(settings.gateway_id, settings.model_name)
 
     def start(self) -> None:
         self._bus.start(self)
@@ -83,7 +95,7 @@ class Dispatcher:
 
     async def close(self) -> None:
         """End what is left with an error, then the connection."""
-        self.fail_all(unavailable("the gateway is shutting down"))
+        self.fail_all(unavailable("the gateway is shutting down", "draining"))
         pending = [task for task in self._tasks if task.get_name() == "send"]
         if pending:
             await asyncio.wait(pending, timeout=1.0)
@@ -99,31 +111,63 @@ class Dispatcher:
         self._draining = True
         _log.info("draining: %d requests are running", len(self._choices))
         loop = asyncio.get_running_loop()
-        loop.call_later(self._settings.drain_s, self.fail_all, unavailable("the gateway is shutting down"))
+        loop.call_later(self._settings.drain_s, self.fail_all, unavailable("the gateway is shutting down", "draining"))
 
     # --- For the request handlers ------------------------------------------------------------------------------
 
-    def generate(self, request_id: str, specs: Sequence[ChoiceSpec], trace: RequestTrace) -> Generation:
-        """Admit a request of one or more choices.
+    def generate(
+        self, request_id: str, specs: Sequence[ChoiceSpec], trace: RequestTrace, *, priority: int = 0
+    ) -> Generation:
+        """Admit a request of one or more choices, for the current caller; a lower `priority` goes first.
 
-        Raises ApiError: 429 if the queue is full, 503 while draining.
+        Raises ApiError: 429 if the queue is full or the caller's key is at a limit, 503 while draining.
         """
+        caller = current_caller.get()
+        try:
+            return self._admit(request_id, specs, trace, priority, caller)
+        except ApiError as error:
+            self.accounts.metrics.refused(error.code or "")
+            raise
+
+    def _admit(
+        self, request_id: str, specs: Sequence[ChoiceSpec], trace: RequestTrace, priority: int, caller: Caller
+    ) -> Generation:
         now_s = self._clock()
+        principal = caller.principal
         if self._draining:
-            raise unavailable("the gateway is shutting down", retry_after_s=1)
-        deadline_s = now_s + self._settings.request_timeout_s
+            raise unavailable("the gateway is shutting down", "draining", retry_after_s=1)
+        timeout_s = min(self._settings.request_timeout_s, caller.timeout_s or math.inf)
         names = [request_id if len(specs) == 1 else f"{request_id}-{i}" for i in range(len(specs))]
-        if not self._queue.push(names, deadline_s, now_s):
+        # A prompt is computed, and paid for, once, whatever the number of its choices.
+        num_prompt_tokens = sum(len(spec.prompt_ids) for spec in specs if spec.choice == 0)
+        if principal.key is not None:
+            self.accounts.limits.admit(principal.key, num_prompt_tokens, now_s)
+        admission = self._queue.push(
+            names,
+            now_s + timeout_s,
+            now_s,
+            tenant=principal.tenant,
+            priority=priority,
+            cost_tokens=num_prompt_tokens // len(specs) + self._expected_tokens(specs[0].sampling),
+        )
+        if not admission.accepted:
             raise queue_full(len(self._queue), self._queue.retry_after_s(now_s))
+        for name in admission.shed:
+            # Others have less in the queue than the owner of this one.
+            self._fail(self._choices[name], queue_full(len(self._queue), self._queue.retry_after_s(now_s)))
         generation = Generation(names)
         for index, (name, spec) in enumerate(zip(names, specs, strict=True)):
-            state = ChoiceState(name, spec.choice, spec.prompt_ids, spec.sampling, deadline_s)
-            running = _Running(state, generation, index, trace.choice(index))
+            deadline_s, max_broken = now_s + timeout_s, self._settings.max_broken_pipelines
+            state = ChoiceState(name, spec.choice, spec.prompt_ids, spec.sampling, deadline_s, max_broken)
+            times = self.accounts.admitted(len(spec.prompt_ids), now_s)
+            running = _Running(state, generation, index, trace.choice(index), principal, timeout_s, times)
             running.trace.queued("new")
             self._choices[name] = running
-            self._arrivals.append((now_s, len(spec.prompt_ids)))
         self._pump()
         return generation
+
+    def _expected_tokens(self, sampling: SamplingParams) -> int:
+        return self.accounts.service_times.expected_output_tokens(sampling.max_tokens, to_the_end=sampling.ignore_eos)
 
     def cancel(self, generation: Generation, index: int | None = None) -> None:
         """Stop one choice, or all; what has ended already is left alone."""
@@ -141,6 +185,11 @@ class Dispatcher:
             return "NATS is not connected"
         now_s = self._clock()
         return None if self.router.ready(now_s) else self.router.waiting_reason(now_s)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs or waits."""
+        return not self._choices
 
     def counts(self) -> dict[str, Any]:
         """What runs and waits now, as JSON."""
@@ -172,6 +221,7 @@ class Dispatcher:
         self._pump()
 
     def on_plan(self, plan: Plan) -> None:
+        noticed_before = self.router.under_notice()
         if not self.router.observe_plan(plan):
             return
         _log.info(
@@ -190,7 +240,8 @@ class Dispatcher:
             fate = self.router.fate(pipeline)
             if fate is Fate.GONE:
                 reason = end.reason if end is not None else "the plan does not name the pipeline any more"
-                self._handle(running, request_state.PipelineBroken(pipeline, reason))
+                noticed = pipeline in noticed_before or (end is not None and end.deadline_s is not None)
+                self._handle(running, request_state.PipelineBroken(pipeline, reason, noticed))
             elif fate is Fate.RETIRING:
                 deadline_s = end.deadline_s if end is not None else None
                 give_up_s = now_s + _HAND_BACK_S if deadline_s is None else deadline_s
@@ -198,6 +249,9 @@ class Dispatcher:
             else:
                 self._handle(running, request_state.PipelineRetires(pipeline, math.inf))
         self._pump()
+
+    def on_key_usage(self, usage: KeyUsage) -> None:
+        self.accounts.limits.observe(usage, self._clock(), past=False)
 
     def on_connected(self) -> None:
         for running in list(self._choices.values()):
@@ -228,15 +282,16 @@ class Dispatcher:
             if running.state.phase is Phase.FINISHED:
                 continue
             if now_s >= running.state.deadline_s:
-                self._fail(running, unavailable("the request has run into the server's time limit"))
+                self._fail(running, timed_out(running.timeout_s))
             elif self._bus.connected:
                 self._handle(running, request_state.Tick())
+        self.accounts.flush()
         self._pump()
 
     def _waited_too_long(self, now_s: float) -> ApiError:
         if self._pipelines_since_s is None:
-            return unavailable(f"no pipeline serves the model: {self.router.waiting_reason(now_s)}", 10)
-        return unavailable("all pipelines are busy; the request has waited too long in the queue", 10)
+            return unavailable(f"no pipeline serves the model: {self.router.waiting_reason(now_s)}", "no_pipeline", 10)
+        return unavailable("all pipelines are busy; the request has waited too long in the queue", "queue_timeout", 10)
 
     def _pump(self) -> None:
         """Send out what may go now."""
@@ -244,31 +299,40 @@ class Dispatcher:
         while self._bus.connected and (name := self._queue.first(now_s)) is not None:
             running = self._choices[name]
             state = running.state
-            pipeline = self.router.choose(now_s, heir_of=state.last_pipeline)
-            if pipeline is None:
+            decision = self._decide(state, now_s)
+            if decision is None:
                 return
+            pipeline = decision.pipeline
+            running.pipeline = pipeline
             self._queue.take(name, now_s)
+            self.accounts.sent(running.times, now_s)
             self.router.submitting(pipeline)
             left = state.last_pipeline if state.reached_last_pipeline else None
             reason = "resume" if state.token_ids else ("retry" if state.last_pipeline else "new")
-            running.trace.attempt(pipeline, state.attempt, reason)
+            running.trace.attempt(pipeline, state.attempt, reason, decision.attributes())
             self._handle(running, request_state.Dispatched(pipeline))
-            self._spawn(self._submit(running, pipeline, left if left != pipeline else None))
+            self._spawn(self._submit(running, pipeline, left))
+
+    def _decide(self, state: ChoiceState, now_s: float) -> Decision | None:
+        num_left = max(1, self._expected_tokens(state.sampling) - len(state.token_ids))
+        need = Need(state.prompt_ids, self.accounts.service_times.expected_s(num_left))
+        return self.router.decide(need, now_s, heir_of=state.last_pipeline)
 
     async def _submit(self, running: _Running, pipeline: str, left: str | None) -> None:
         """Offer the choice to `pipeline`; `left` may still run an attempt before this one."""
         state, attempt = running.state, running.state.attempt
         if left is not None:
-            await self._bus.cancel(left, state.request_id)
+            await self._bus.cancel(left, state.request_id, attempt - 1)
         request = state.generate_request(self._settings.gateway_id)
         reply = await self._bus.submit(pipeline, request, running.trace.headers())
         accepted = reply is not None and reply.accepted
         blocked_until_s = self._clock() + _REFUSED_S
         self.router.submitted(pipeline, accepted=accepted, blocked_until_s=blocked_until_s)
         if accepted:
+            self.router.remember(pipeline, state.prompt_ids)
             if state.phase is Phase.FINISHED and state.cancelled:
                 # The cancellation may have overtaken the request.
-                await self._bus.cancel(pipeline, state.request_id)
+                await self._bus.cancel(pipeline, state.request_id, attempt)
             return
         reason = (reply.reason or RejectReason.INVALID) if reply is not None else None
         detail = reply.detail if reply is not None else ""
@@ -282,7 +346,8 @@ class Dispatcher:
         # Without a connection nothing may be concluded, as if the plan still counted on the pipeline.
         in_plan = not self._bus.connected or self.router.fate(pipeline) is Fate.SERVING
         entry = reply.entry if reply is not None else None
-        event = request_state.ResendAnswered(pipeline, attempt, reply is not None, entry, in_plan)
+        noticed = pipeline in self.router.under_notice()
+        event = request_state.ResendAnswered(pipeline, attempt, reply is not None, entry, in_plan, noticed)
         self._handle(running, event)
         self._pump()
 
@@ -300,19 +365,26 @@ class Dispatcher:
             self._carry_out_one(running, effect)
         state = running.state
         if state.phase is Phase.FINISHED and self._choices.pop(state.request_id, None) is not None:
-            self._queue.forget(state.request_id)
-            self._outputs.append((self._clock(), len(state.token_ids)))
+            num_tokens = len(state.token_ids)
+            self._queue.forget(state.request_id, len(state.prompt_ids) + num_tokens)
+            self.accounts.ended(running.times, running.principal, num_tokens, running.finish, self._clock())
             running.trace.end()
 
     def _carry_out_one(self, running: _Running, effect: Effect) -> None:
         state, generation = running.state, running.generation
         match effect:
             case request_state.Deliver(ids, finish, cached_tokens, logprobs, prompt_logprobs):
+                running.finish = finish
+                now_s = self._clock()
+                self.accounts.tokens(running.times, len(state.prompt_ids), len(ids), cached_tokens, now_s)
+                if finish is not None:
+                    self.router.remember(running.pipeline, state.prompt_ids + state.token_ids)
                 generation.put(Delivery(running.index, ids, finish, cached_tokens, logprobs, prompt_logprobs))
             case request_state.Fail(message, reason):
-                generation.fail(_failure(message, reason))
-                self.cancel(generation)
+                self._fail(running, _failure(message, reason))
             case request_state.Requeue(pipeline, reason, backoff):
+                if not backoff:
+                    self.accounts.metrics.left_pipeline()
                 _log.info("request %s leaves pipeline %s: %s", state.request_id, pipeline, reason)
                 not_before_s = self._clock() + _RETRY_S if backoff else 0.0
                 self._queue.put_back(
@@ -324,37 +396,36 @@ class Dispatcher:
                 running.trace.queued(reason)
             case request_state.AskResend(pipeline, from_index):
                 self._spawn(self._resend(running, pipeline, from_index))
-            case request_state.Cancel(pipeline):
-                self._spawn(self._bus.cancel(pipeline, state.request_id), name="send")
+            case request_state.Cancel(pipeline, attempt):
+                self._spawn(self._bus.cancel(pipeline, state.request_id, attempt), name="send")
             case request_state.ReleaseHeld():
                 self._spawn(self._release(running, effect), name="send")
             case request_state.Resumed(stats):
+                self.accounts.resumed(stats)
                 running.trace.event("resumed", msgspec.structs.asdict(stats))
             case _:
                 raise AssertionError(effect)
 
     def _fail(self, running: _Running, error: ApiError) -> None:
+        self.accounts.metrics.refused(error.code or "")
         running.generation.fail(error)
         self.cancel(running.generation)
 
     async def _report_forever(self) -> None:
         while True:
             await asyncio.sleep(_LOAD_REPORT_S)
-            await self._bus.report_load(self._load())
+            now_s = self._clock()
+            num_running = sum(r.state.pipeline is not None for r in self._choices.values())
+            self.observe()
+            await self._bus.report_load(self.accounts.load(num_running, len(self._queue), now_s))
 
-    def _load(self) -> LoadReport:
-        since_s = self._clock() - _LOAD_WINDOW_S
-        for samples in (self._arrivals, self._outputs):
-            while samples and samples[0][0] < since_s:
-                samples.popleft()
-        return LoadReport(
-            gateway=self._settings.gateway_id,
-            arrivals_per_s=len(self._arrivals) / _LOAD_WINDOW_S,
-            running=sum(r.state.pipeline is not None for r in self._choices.values()),
-            waiting=len(self._queue),
-            mean_prompt_tokens=_mean(self._arrivals),
-            mean_output_tokens=_mean(self._outputs),
-        )
+    def observe(self) -> None:
+        """Bring the metrics up to now."""
+        now_s = self._clock()
+        num_running = sum(r.state.pipeline is not None for r in self._choices.values())
+        self.accounts.flush()
+        num_ready = len(self.router.ready(now_s))
+        self.accounts.metrics.observe(self.router.states(now_s), num_ready, len(self._queue), num_running)
 
     def _spawn(self, run: Coroutine[Any, Any, None], name: str | None = None) -> None:
         task = asyncio.create_task(run, name=name)
@@ -377,7 +448,3 @@ def _failure(message: str, reason: RejectReason | None) -> ApiError:
         return bad_request(message)
     _log.error("a pipeline failed a request: %s", message)
     return server_error(f"The engine could not finish the request: {message}")
-
-
-def _mean(samples: Sequence[tuple[float, int]] | deque[tuple[float, int]]) -> float:
-    return sum(value for _, value in samples) / len(samples) if samples else 0.0

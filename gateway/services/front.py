@@ -21,6 +21,7 @@ from gateway.core.sampling import ModelLimits, sampling_params
 from gateway.errors import TemplateRefused, bad_request, model_not_found
 from gateway.openai import MAX_CHOICES, ChatBody, ChatMessage, CompletionBody, GenerationBody
 from gateway.services.answer import Answer
+from gateway.services.caller import current_caller
 from gateway.services.dispatcher import ChoiceSpec, Dispatcher
 from gateway.services.structure import Structure
 from gateway.services.tokenizer import TextTokenizer
@@ -60,7 +61,7 @@ class Front:
         self.tokenizer = tokenizer
         self.dispatcher = dispatcher
         self._tracer = tracer
-        self.model_name = settings.served_model_name or Path(settings.model_dir).resolve().name
+        self.model_name = settings.model_name
         self.structure = Structure.of(tokenizer, Path(settings.model_dir), settings.tool_format, settings.reasoning)
         self.started_s = int(time.time())
         self.fingerprint = _fingerprint(self.model_name, Path(settings.model_dir))
@@ -120,7 +121,7 @@ class Front:
         """Check the lengths and admit the request: `prompts` times best_of (or n) choices, prompt by prompt.
 
         `parser` makes the parser of a choice from the id of the answer and the choice's index.
-        Raises ApiError: 400, 429, 503.
+        Raises ApiError: 400, 403, 429, 503.
         """
         num_drawn = (body.best_of if isinstance(body, CompletionBody) else None) or body.num_samples
         if len(prompts) * num_drawn > MAX_CHOICES:
@@ -139,7 +140,8 @@ class Front:
         trace = RequestTrace(self._tracer, endpoint.operation, body.model, headers)
         num_prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         try:
-            generation = self.dispatcher.generate(response_id, specs, trace)
+            current_caller.get().principal.check_model(body.model)
+            generation = self.dispatcher.generate(response_id, specs, trace, priority=body.priority or 0)
         except Exception as error:
             trace.end(prompt_tokens=num_prompt_tokens, completion_tokens=0, error=str(error))
             raise

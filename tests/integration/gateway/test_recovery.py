@@ -197,7 +197,7 @@ async def test_time_limit_ends_a_stream_with_an_error_event(make_stack):
     await stack.ready()
     stream = Stream(stack)
     await stream.task
-    assert stream.events[-1]["error"]["type"] == "service_unavailable_error"
+    assert stream.events[-1]["error"]["type"] == "timeout_error"
     assert stream.ids
     assert stream.events[-2]["choices"][0]["finish_reason"] is None
     await until(lambda: p0.cancelled)

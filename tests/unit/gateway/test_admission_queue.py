@@ -21,20 +21,20 @@ def drain(queue, now_s=0.0):
 def test_first_come_first_served():
     queue = make()
     for item in "abc":
-        assert queue.push([item], 600.0, 0.0)
+        assert queue.push([item], 600.0, 0.0).accepted
     assert drain(queue) == ["a", "b", "c"]
 
 
 def test_full_takes_all_of_a_request_or_nothing():
     queue = make()
-    assert queue.push(["a", "b"], 600.0, 0.0)
-    assert not queue.push(["c", "d"], 600.0, 0.0)
+    assert queue.push(["a", "b"], 600.0, 0.0).accepted
+    assert not queue.push(["c", "d"], 600.0, 0.0).accepted
     assert len(queue) == 2
-    assert queue.push(["e"], 600.0, 0.0)
+    assert queue.push(["e"], 600.0, 0.0).accepted
 
 
 def test_large_request_is_taken_when_nothing_waits():
-    assert make().push(list("abcdef"), 600.0, 0.0)
+    assert make().push(list("abcdef"), 600.0, 0.0).accepted
 
 
 def test_interrupted_go_first_in_the_order_of_arrival_and_take_no_room():
@@ -45,7 +45,7 @@ def test_interrupted_go_first_in_the_order_of_arrival_and_take_no_room():
     for item in "cab":
         queue.put_back(item, 600.0, interrupted=True)
     assert len(queue) == 6
-    assert not queue.push(["g"], 600.0, 1.0)
+    assert not queue.push(["g"], 600.0, 1.0).accepted
     assert drain(queue) == ["a", "b", "c", "d", "e", "f"]
 
 
@@ -110,7 +110,7 @@ def test_nothing_is_lost_or_doubled(script):
     away: set[str] = set()
     for step, (kind, number) in enumerate(script):
         item = f"i{number}"
-        if kind == "push" and item not in waiting | away and queue.push([item], 1e9, step):
+        if kind == "push" and item not in waiting | away and queue.push([item], 1e9, step).accepted:
             waiting.add(item)
         elif kind == "take" and (first := queue.first(step)) is not None:
             queue.take(first, step)

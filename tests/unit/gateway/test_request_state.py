@@ -127,7 +127,7 @@ def test_kv_is_released_when_it_ends_before_the_resume():
 
 def test_cancel_tells_the_pipeline():
     state = make()
-    assert state.cancel() == [rs.Cancel("p0")]
+    assert state.cancel() == [rs.Cancel("p0", 0)]
     assert arrive(state, 0, 1) == []
 
 
@@ -146,7 +146,7 @@ def test_no_answer_to_a_submit_fences_the_pipeline_off():
     assert state.attempt == 1
     assert state.reached_last_pipeline
     assert arrive(state, 0, 1) == []
-    assert state.cancel() == [rs.Cancel("p0")]
+    assert state.cancel() == [rs.Cancel("p0", 1)]
 
 
 def test_no_answer_after_tokens_have_come_means_nothing():
