@@ -31,6 +31,10 @@ class Detokenizer(Protocol):
         """Whether the token stands for one raw byte: a run of these is decoded as a whole or not at all."""
         ...
 
+    def whole_text(self, token_id: int) -> str | None:
+        """What the token adds to any text that ends with a whole character; None if that cannot be said of it alone."""
+        ...
+
 
 class IncrementalText:
     """Token ids in, stable text out: the joined pieces equal `decode` of all ids.
@@ -39,6 +43,8 @@ class IncrementalText:
     carries the ids before it as left context, because decoders treat the first token of a text differently:
 
         ids:   ....  [ context | open ]     text of open = decode(context + open) - decode(context)
+
+    Most tokens of most tokenizers need no window: at a seam they add their own text, whatever was before.
     """
 
     def __init__(self, detokenizer: Detokenizer) -> None:
@@ -48,12 +54,27 @@ class IncrementalText:
         self._open_start = 0
         self._context_text = ""
         self._num_open_emitted = 0
-        self._pieces: list[str] = []
+        self._num_emitted = 0
+        self._ends_whole = True
+        """The last token was whole by itself, so nothing is held back."""
 
     def push(self, token_id: int) -> str:
         """The text that is final now and was not before."""
+        if self._open_start == len(self._ids):
+            whole = self._detokenizer.whole_text(token_id)
+            if whole is not None:
+                self._ids.append(token_id)
+                self._context_start, self._open_start = self._open_start, len(self._ids)
+                self._context_text = whole
+                self._num_emitted += len(whole)
+                self._ends_whole = True
+                return whole
+        return self._push_open(token_id)
+
+    def _push_open(self, token_id: int) -> str:
         if self._detokenizer.is_special(token_id):
             return ""
+        self._ends_whole = False
         self._ids.append(token_id)
         if self._detokenizer.is_byte(token_id):
             return ""
@@ -67,14 +88,15 @@ class IncrementalText:
             self._context_start, self._open_start = self._open_start, len(self._ids)
             self._context_text = self._detokenizer.decode(self._ids[self._context_start :])
             self._num_open_emitted = 0
-        self._pieces.append(piece)
+        self._num_emitted += len(piece)
         return piece
 
     def finish(self) -> str:
         """What was held back."""
-        text = self._detokenizer.decode(self._ids)
-        piece = text[sum(map(len, self._pieces)) :]
-        self._pieces.append(piece)
+        if self._ends_whole:
+            return ""
+        piece = self._detokenizer.decode(self._ids)[self._num_emitted :]
+        self._num_emitted += len(piece)
         return piece
 
 
@@ -172,6 +194,9 @@ class ChoiceFold:
         self._text = IncrementalText(detokenizer)
         self._scanner = StopScanner(stops, include_stop=include_stop)
         self._parser = parser
+        self.can_end_early = any(stops)
+        """Its text may end it before the engine does."""
+        self._is_plain = parser is None and not self.can_end_early
         self._has_calls = False
         self._pending_scores: deque[TokenScore] = deque()
         self._num_chars = 0
@@ -198,6 +223,8 @@ class ChoiceFold:
         """
         if self._has_finished():
             return Delta("", [])
+        if self._is_plain and finish is None and logprobs is None and prompt_logprobs is None:
+            return self._push_plain(ids)
         if self._parser is not None and len(ids) > 1:
             return self._push_each(ids, finish, logprobs, prompt_logprobs)
         pieces: list[str] = []
@@ -233,6 +260,14 @@ class ChoiceFold:
             parsed.reasoning,
             parsed.tool_calls,
         )
+
+    def _push_plain(self, ids: Sequence[int]) -> Delta:
+        """What most tokens of most requests need, and no more."""
+        text = self._text.push(ids[0]) if len(ids) == 1 else "".join(map(self._text.push, ids))
+        self.num_tokens += len(ids)
+        self._num_chars += len(text)
+        self._num_visible_chars += len(text)
+        return Delta(text, list(ids))
 
     def _push_each(
         self,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from engine.protocol import TokenLogprobs
+from gateway.core import sse
 from gateway.core.fold import Delta, Detokenizer, IncrementalText
 from gateway.core.logprobs import CompletionLogprobs, Vocabulary, chat_logprobs, prompt_logprobs
 from gateway.core.parsing import ToolCallDelta
@@ -67,6 +68,8 @@ class ResponseFormat(ABC):
         self._extras = extras
         self._texts = texts
         self._started: set[int] = set()
+        self._text_events: dict[int, sse.TextEvent] = {}
+        self._has_extras = extras.token_ids or extras.top_logprobs is not None
 
     @abstractmethod
     def chunks(self, index: int, delta: Delta) -> list[dict[str, Any]]:
@@ -75,6 +78,35 @@ class ResponseFormat(ABC):
     @abstractmethod
     def choice(self, index: int, whole: Delta) -> dict[str, Any]:
         """The choice in a whole body."""
+
+    @abstractmethod
+    def text_chunk(self, index: int, text: str) -> dict[str, Any]:
+        """A chunk that only adds `text` to choice `index`."""
+
+    def events(
+        self, index: int, delta: Delta, usage: Callable[[], Usage] | None = None, *, with_usage: bool = False
+    ) -> bytes:
+        """The chunks of a delta as server-sent events, each with the usage so far, or null, if `with_usage`."""
+        if usage is None and self._is_only_text(index, delta):
+            event = self._text_events.get(index)
+            if event is None:
+                event = sse.TextEvent(lambda text: self._with_usage(self.text_chunk(index, text), None, with_usage))
+                self._text_events[index] = event
+            return event.encode(delta.text)
+        so_far = usage().as_json() if usage is not None else None
+        return b"".join(sse.event(self._with_usage(chunk, so_far, with_usage)) for chunk in self.chunks(index, delta))
+
+    def _is_only_text(self, index: int, delta: Delta) -> bool:
+        return bool(
+            delta.text
+            and index in self._started
+            and delta.finish_reason is None
+            and not (self._has_extras or delta.scores or delta.reasoning or delta.tool_calls)
+        )
+
+    @staticmethod
+    def _with_usage(chunk: dict[str, Any], usage: dict[str, Any] | None, with_usage: bool) -> dict[str, Any]:
+        return {**chunk, "usage": usage} if with_usage else chunk
 
     def body(self, wholes: Sequence[Delta], usage: Usage) -> dict[str, Any]:
         """The whole answer; `wholes` holds each choice's complete delta."""
@@ -126,6 +158,9 @@ class ChatFormat(ResponseFormat):
             found.append(self._delta_chunk(index, {}, unsent, delta.finish_reason))
         return found
 
+    def text_chunk(self, index: int, text: str) -> dict[str, Any]:
+        return self._delta_chunk(index, {"content": text}, Unsent(None))
+
     def choice(self, index: int, whole: Delta) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": whole.text, "refusal": None}
         if whole.reasoning:
@@ -172,6 +207,9 @@ class CompletionFormat(ResponseFormat):
         if not said and not starts:
             return []
         return [self._chunk(self._choice(index, delta, with_prompt=starts))]
+
+    def text_chunk(self, index: int, text: str) -> dict[str, Any]:
+        return self._chunk(self._choice(index, Delta(text, []), with_prompt=False))
 
     def choice(self, index: int, whole: Delta) -> dict[str, Any]:
         return self._choice(index, whole, with_prompt=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from gateway.core.fold import ChoiceFold, Delta, merge
 from gateway.core.response_format import ResponseFormat, Usage
 from gateway.errors import ApiError
 from gateway.services.dispatcher import Dispatcher
-from gateway.services.generation import Delivery, Generation
+from gateway.services.generation import Delivery, Generation, joined
 from gateway.telemetry import RequestTrace
 
 
@@ -37,6 +36,9 @@ class Answer:
         self._generation = generation
         self._format = response_format
         self._folds = folds
+        self._num_open = len(folds)
+        """Choices that have not finished."""
+        self._can_end_early = any(fold.can_end_early for fold in folds)
         self._num_drawn, self._num_kept = num_drawn, num_kept
         self._num_prompt_tokens = num_prompt_tokens
         self._num_cached_tokens = 0
@@ -54,7 +56,7 @@ class Answer:
     async def deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         """(choice, delta) until all choices have finished. Raises ApiError if the request fails."""
         try:
-            while any(fold.finish_reason is None for fold in self._folds):
+            while self._num_open:
                 yield self._fold_new(await self._generation.next())
         except ApiError as error:
             self._outcome = error.message
@@ -64,10 +66,19 @@ class Answer:
     async def body(self) -> dict[str, Any]:
         """The whole answer. Raises ApiError."""
         parts: list[list[Delta]] = [[] for _ in self._folds]
-        async for deltas in self.deltas():
+        async for deltas in self.deltas() if self._can_end_early else self._all_at_once():
             for index, delta in deltas:
                 parts[index].append(delta)
         return self._format.body([merge(parts[index]) for index in self._kept()], self.usage)
+
+    async def _all_at_once(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+        """As `deltas`, and without waking up for every token."""
+        try:
+            yield self._fold_new(await self._generation.all())
+        except ApiError as error:
+            self._outcome = error.message
+            raise
+        self._outcome = None
 
     def _kept(self) -> list[int]:
         """The choices that are answered: of each prompt those whose tokens were likeliest on average."""
@@ -85,24 +96,30 @@ class Answer:
         return kept
 
     async def events(self, *, include_usage: bool, continuous_usage: bool, keep_alive_s: float) -> AsyncIterator[bytes]:
-        """The stream, a few events at a time; an error before the first one is raised, a later one is an event."""
+        """The stream, a few events at a time; an error before the first one is raised, a later one is an event.
+
+        After `keep_alive_s` without an event (0: never) a comment is sent.
+        """
         began = False
-        source = self.deltas()
         try:
-            async for deltas in _with_silence(source, keep_alive_s):
-                if deltas is None:
-                    if began:
-                        yield sse.KEEP_ALIVE
-                    continue
-                began = True
-                yield self._encode(deltas, include_usage=include_usage, continuous_usage=continuous_usage)
+            while self._num_open:
+                deliveries = await self._generation.next(keep_alive_s)
+                if deliveries:
+                    began = True
+                    data = self._encode(self._fold_new(deliveries), include_usage, continuous_usage)
+                    if not self._num_open:
+                        data += self._end_of_stream(include_usage)
+                    if data:
+                        yield data
+                elif began:
+                    yield sse.KEEP_ALIVE
         except ApiError as error:
+            self._outcome = error.message
             if not began:
                 raise
             yield sse.event(error.envelope()) + sse.DONE
             return
-        usage_event = sse.event(self._format.usage_chunk(self.usage)) if include_usage else b""
-        yield usage_event + sse.DONE
+        self._outcome = None
 
     def close(self, cause: str | None = None) -> None:
         """Stop what still runs, for `cause` (None: the client has gone); does nothing the second time."""
@@ -119,38 +136,24 @@ class Answer:
 
     def _fold_new(self, deliveries: Sequence[Delivery]) -> list[tuple[int, Delta]]:
         deltas = []
-        for delivery in deliveries:
+        for delivery in deliveries if len(deliveries) == 1 else joined(deliveries):
             fold = self._folds[delivery.index]
             if fold.finish_reason is not None:
                 continue
             self._num_cached_tokens = max(self._num_cached_tokens, delivery.cached_tokens)
             delta = fold.push(delivery.ids, delivery.finish, delivery.logprobs, delivery.prompt_logprobs)
             deltas.append((delivery.index, delta))
-            if delta.finish_reason is not None and delivery.finish is None:
-                # A stop string: the engine does not know that it is done.
-                self._dispatcher.cancel(self._generation, delivery.index)
+            if delta.finish_reason is not None:
+                self._num_open -= 1
+                if delivery.finish is None:
+                    # A stop string: the engine does not know that it is done.
+                    self._dispatcher.cancel(self._generation, delivery.index)
         return deltas
 
-    def _encode(self, deltas: Sequence[tuple[int, Delta]], *, include_usage: bool, continuous_usage: bool) -> bytes:
-        chunks = [chunk for index, delta in deltas for chunk in self._format.chunks(index, delta)]
-        if include_usage or continuous_usage:
-            usage = self.usage.as_json() if continuous_usage else None
-            chunks = [{**chunk, "usage": usage} for chunk in chunks]
-        return b"".join(map(sse.event, chunks))
+    def _encode(self, deltas: Sequence[tuple[int, Delta]], include_usage: bool, continuous_usage: bool) -> bytes:
+        with_usage = include_usage or continuous_usage
+        usage = (lambda: self.usage) if continuous_usage else None
+        return b"".join([self._format.events(index, delta, usage, with_usage=with_usage) for index, delta in deltas])
 
-
-async def _with_silence(
-    source: AsyncIterator[list[tuple[int, Delta]]], silence_s: float
-) -> AsyncIterator[list[tuple[int, Delta]] | None]:
-    """Items of `source`, and None after each `silence_s` without one (0: never)."""
-    while True:
-        upcoming = asyncio.ensure_future(anext(source, None))
-        try:
-            while not (await asyncio.wait({upcoming}, timeout=silence_s or None))[0]:
-                yield None
-        finally:
-            upcoming.cancel()
-        item = upcoming.result()
-        if item is None:
-            return
-        yield item
+    def _end_of_stream(self, include_usage: bool) -> bytes:
+        return (sse.event(self._format.usage_chunk(self.usage)) if include_usage else b"") + sse.DONE

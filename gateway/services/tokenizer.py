@@ -14,7 +14,7 @@ import jinja2.ext
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
-from gateway.core.fold import Detokenizer
+from gateway.core.fold import REPLACEMENT, Detokenizer
 from gateway.errors import ModelDirectoryError, TemplateRefused
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -32,8 +32,13 @@ class TextTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         self._added_texts = {i: token.content for i, token in added.items()}
-        self._is_byte_level = "ByteLevel" in self._decoder()
-        self._byte_ids = self._find_byte_ids()
+        decoder = json.loads(self._tokenizer.to_str()).get("decoder")
+        self._is_byte_level = "ByteLevel" in json.dumps(decoder)
+        self.adds_bytes = isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
+        """Whether the text of some tokens is the bytes of each, one after the other, and nothing else."""
+        self._byte_ids = self._find_byte_ids() if "ByteFallback" in json.dumps(decoder) else frozenset()
+        self._whole_texts: dict[int, str | None] = {}
+        self._showing: dict[frozenset[int], Detokenizer] = {}
         config = _read_json(model_dir / "config.json")
         tokenizer_config = _read_json(model_dir / "tokenizer_config.json")
         generation_config = _read_json(model_dir / "generation_config.json")
@@ -61,8 +66,12 @@ class TextTokenizer:
 
     def showing(self, special_tokens: frozenset[str]) -> Detokenizer:
         """A detokenizer that shows these special tokens as text."""
-        shown = frozenset(i for i in self._special_ids if self._added_texts[i] in special_tokens)
-        return _Showing(self, self._tokenizer, self._special_ids - shown) if shown else self
+        if not special_tokens:
+            return self
+        hidden = frozenset(i for i in self._special_ids if self._added_texts[i] not in special_tokens)
+        if hidden == self._special_ids:
+            return self
+        return self._showing.setdefault(hidden, _Showing(self, self._tokenizer, hidden))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`, with what the tokenizer adds by itself (such as BOS) if asked for."""
@@ -78,6 +87,13 @@ class TextTokenizer:
 
     def is_byte(self, token_id: int) -> bool:
         return token_id in self._byte_ids
+
+    def whole_text(self, token_id: int) -> str | None:
+        """Text of the token wherever it stands after whole characters; None if it depends on its neighbours."""
+        try:
+            return self._whole_texts[token_id]
+        except KeyError:
+            return self._whole_texts.setdefault(token_id, _whole_text(self, token_id, self.adds_bytes))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text, as bytes; special tokens by their name, unknown ids empty."""
@@ -124,13 +140,8 @@ class TextTokenizer:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise TemplateRefused(str(error) or type(error).__name__) from error
 
-    def _decoder(self) -> str:
-        return json.dumps(json.loads(self._tokenizer.to_str()).get("decoder"))
-
     def _find_byte_ids(self) -> frozenset[int]:
-        """Ids of raw-byte tokens, where the decoder joins such tokens itself."""
-        if "ByteFallback" not in self._decoder():
-            return frozenset()
+        """Ids of raw-byte tokens, which the decoder joins itself."""
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         return frozenset(i for token, i in vocab.items() if _BYTE_TOKEN.fullmatch(token))
 
@@ -146,6 +157,7 @@ class _Showing:
 
     def __init__(self, whole: TextTokenizer, tokenizer: Tokenizer, hidden: frozenset[int]) -> None:
         self._whole, self._tokenizer, self._hidden = whole, tokenizer, hidden
+        self._whole_texts: dict[int, str | None] = {}
 
     def decode(self, ids: Sequence[int]) -> str:
         shown = [token_id for token_id in ids if token_id not in self._hidden]
@@ -157,6 +169,20 @@ class _Showing:
 
     def is_byte(self, token_id: int) -> bool:
         return self._whole.is_byte(token_id)
+
+    def whole_text(self, token_id: int) -> str | None:
+        try:
+            return self._whole_texts[token_id]
+        except KeyError:
+            return self._whole_texts.setdefault(token_id, _whole_text(self, token_id, self._whole.adds_bytes))
+
+
+def _whole_text(detokenizer: Detokenizer, token_id: int, adds_bytes: bool) -> str | None:
+    """Bytes that are text by themselves stay that text after any other text; half a character does not."""
+    if detokenizer.is_special(token_id):
+        return ""
+    text = detokenizer.decode([token_id]) if adds_bytes else REPLACEMENT
+    return None if REPLACEMENT in text else text
 
 
 def _bytes_of_chars() -> dict[str, int]:

@@ -26,6 +26,12 @@ class Detokenizer:
     def is_byte(self, token_id):
         return token_id in self._bytes
 
+    def whole_text(self, token_id):
+        if token_id in self._special:
+            return ""
+        text = self.decode([token_id])
+        return None if self._bytes or "\ufffd" in text else text
+
 
 def byte_level():
     """As GPT-2, Llama 3, Qwen and SmolLM2 have it: every token is some bytes."""

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.protocol import TokenLogprobs
 from gateway.core import sse
@@ -26,6 +28,9 @@ class Texts:
 
     def is_byte(self, token_id):
         return False
+
+    def whole_text(self, token_id):
+        return None
 
     def token_bytes(self, token_id):
         return "\u2028".encode()[token_id - 26 : token_id - 25] if token_id >= 26 else bytes([97 + token_id])
@@ -213,3 +218,33 @@ def test_streamed_tool_calls():
         {"index": 1, "id": "call_2", "type": "function", "function": {"name": "g", "arguments": ""}},
     ]
     assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["tool_calls"]
+
+
+deltas_of_a_stream = st.lists(
+    st.builds(
+        Delta,
+        st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["\0text\0", '"', "\u2028", "\x85", ""]),
+        st.lists(st.integers(0, 25), max_size=2),
+        reasoning=st.sampled_from(["", "", "hm"]),
+    ),
+    max_size=6,
+)
+
+
+@given(
+    deltas_of_a_stream,
+    st.sampled_from([ChatFormat, CompletionFormat]),
+    st.sampled_from([(False, False), (True, False), (True, True)]),
+    st.sampled_from([{}, {"token_ids": True}, {"top_logprobs": 0}]),
+)
+def test_events_from_a_template_are_those_of_the_chunks(deltas, format_class, usages, extras):
+    header = Header(id="i", created=1, model='m"\0text\0', system_fingerprint=None)
+    with_usage, continuous = usages
+    by_template, by_chunk = (format_class(header, [[1]], Extras(**extras), Texts()) for _ in range(2))
+    for delta in [*deltas, Delta("end", [1], "stop")]:
+        expected = by_chunk.chunks(0, delta)
+        if with_usage:
+            expected = [{**chunk, "usage": USAGE.as_json() if continuous else None} for chunk in expected]
+        usage = (lambda: USAGE) if continuous else None
+        found = by_template.events(0, delta, usage, with_usage=with_usage)
+        assert found == b"".join(map(sse.event, expected))
