@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,9 +66,19 @@ class Conversation:
             raise CommandError(f"the connection to the gateway failed: {error}") from error
 
 
-def open_client(endpoint: str) -> httpx.Client:
-    """No limit between tokens: a request may wait for capacity."""
-    return httpx.Client(base_url=endpoint, timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S), trust_env=False)
+def open_client(endpoint: str, api_key: str | None = None, tls_cert: str | None = None) -> httpx.Client:
+    """No limit between tokens: a request may wait for capacity. Raises CommandError for a certificate without use."""
+    verify: ssl.SSLContext | bool = True
+    if tls_cert is not None:
+        try:
+            verify = ssl.create_default_context(cafile=tls_cert)
+        except (OSError, ssl.SSLError) as error:
+            raise CommandError(f"cannot read the certificate {tls_cert}: {error}") from error
+        # It is this very certificate that is trusted; its names need not include this machine's loopback address.
+        verify.check_hostname = False
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+    return httpx.Client(base_url=endpoint, headers=headers, timeout=timeout, verify=verify, trust_env=False)
 
 
 def _pieces_of(line: str) -> Iterator[str]:

@@ -20,6 +20,7 @@ from deploy.chat import Conversation, open_client
 from deploy.client import RequestCounts, fetch_requests, fetch_status, send_command
 from deploy.default_model import DEFAULT_MODEL, cache_dir
 from deploy.errors import CommandError, DeployError
+from deploy.keys_cli import keys_app
 from deploy.local import serve
 from deploy.model_source import resolve_model
 from deploy.protocol import AddCommand, CancelNoticeCommand, KillCommand, PreemptCommand
@@ -30,6 +31,7 @@ from deploy.tables import history_tables, plan_tables, status_tables
 from planner.protocol import Market, Status
 
 EXIT_ERROR = 2
+API_KEY_VARIABLE = "SPOTSERVE_API_KEY"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,6 +43,7 @@ app = typer.Typer(
 )
 model_app = typer.Typer(no_args_is_help=True, help="Models on this machine.")
 app.add_typer(model_app, name="model")
+app.add_typer(keys_app, name="keys")
 
 StateDirOption = Annotated[
     Path | None,
@@ -92,6 +95,17 @@ def up(
     ] = False,
     host: Annotated[str, typer.Option(help="Address that the gateway listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port that the gateway listens on.")] = 8000,
+    admin_port: Annotated[
+        int | None, typer.Option(help="Port on 127.0.0.1 of metrics and health.", show_default="a free one")
+    ] = None,
+    gateway_workers: Annotated[int, typer.Option(help="Gateway processes that share the port.")] = 1,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(help="File of the API keys.", show_default="api-keys.json in the state directory, if it is there"),
+    ] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Serve anybody, on any address, without keys.")] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file of the certificate chain: HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
     nats_url: Annotated[
         str | None, typer.Option(help="An external NATS server with JetStream, in place of the embedded one.")
     ] = None,
@@ -129,6 +143,12 @@ def up(
         market=market,
         host=host,
         port=port,
+        admin_port=admin_port,
+        gateway_workers=gateway_workers,
+        api_keys=_absolute(api_keys),
+        no_auth=no_auth,
+        tls_cert=_absolute(tls_cert),
+        tls_key=_absolute(tls_key),
         nats_url=nats_url,
         max_model_len=max_model_len,
         reduction=reduction,
@@ -231,9 +251,12 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0: greedy.", min=0)] = None,
     state_dir: StateDirOption = None,
 ) -> None:
-    """Chat in the terminal; answers are streamed. Ctrl-C stops an answer, Ctrl-D ends."""
+    """Chat in the terminal; answers are streamed. Ctrl-C stops an answer, Ctrl-D ends.
+
+    Where the gateway asks for an API key, it is read from the variable SPOTSERVE_API_KEY.
+    """
     running = _state_dir(state_dir).read_running()
-    with open_client(running.endpoint) as client:
+    with open_client(running.endpoint, os.environ.get(API_KEY_VARIABLE), running.tls_cert) as client:
         conversation = Conversation(
             client, running.served_model_name, system=system, max_tokens=max_tokens, temperature=temperature
         )
@@ -294,6 +317,10 @@ def fetch(
 def version() -> None:
     """The installed version."""
     _say(f"spotserve {importlib.metadata.version('spotserve')}")
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return path.expanduser().resolve() if path is not None else None
 
 
 def _state_dir(given: Path | None) -> StateDir:

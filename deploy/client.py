@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from typing import TypeVar
 
 import httpx
@@ -49,13 +50,23 @@ async def fetch_status(running: Running) -> Status:
 
 async def fetch_requests(running: Running) -> RequestCounts:
     """Raises CommandError while the gateway is away."""
-    try:
-        async with httpx.AsyncClient(base_url=running.endpoint, timeout=REPLY_TIMEOUT_S, trust_env=False) as client:
-            response = await client.get("/internal/requests")
-            response.raise_for_status()
-            return msgspec.json.decode(response.content, type=RequestCounts)
-    except (httpx.HTTPError, msgspec.DecodeError) as error:
-        raise CommandError(f"the gateway at {running.endpoint} does not answer: {error}") from error
+    counts = []
+    for endpoint in running.admin_endpoints:
+        try:
+            async with httpx.AsyncClient(base_url=endpoint, timeout=REPLY_TIMEOUT_S, trust_env=False) as client:
+                response = await client.get("/internal/requests")
+                response.raise_for_status()
+                counts.append(msgspec.json.decode(response.content, type=RequestCounts))
+        except (httpx.HTTPError, msgspec.DecodeError) as error:
+            raise CommandError(f"the gateway at {endpoint} does not answer: {error}") from error
+    pipelines = Counter[str]()
+    for one in counts:
+        pipelines.update(one.pipelines)
+    return RequestCounts(
+        running=sum(one.running for one in counts),
+        waiting=sum(one.waiting for one in counts),
+        pipelines=dict(pipelines),
+    )
 
 
 async def _ask(client: Client, subject: str, payload: bytes) -> bytes:

@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Coroutine, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -22,8 +23,9 @@ from deploy.bus import FleetBus, connect
 from deploy.cloud import LocalCloud
 from deploy.default_model import Say
 from deploy.errors import NatsUnreachableError, PartFailedError
+from deploy.keys import key_file_of
 from deploy.model_source import resolve_model
-from deploy.parts import Commands, engine_program, gateway_program, nats_program, planner_program
+from deploy.parts import Commands, GatewayWorker, engine_program, gateway_program, nats_program, planner_program
 from deploy.preflight import check_memory, check_port, choose_dtype, find_nats_server, free_port, read_cpu_flags
 from deploy.process import Child, Program
 from deploy.service import Service
@@ -45,16 +47,26 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     nats_binary: Path | None
     """None: an external server."""
+    key_file: Path | None = None
+    """API keys that the gateway asks for."""
 
 
 def prepare(settings: UpSettings, say: Say) -> Prepared:
     """All checks that need no running part, cheap ones first; fetches the model. Raises DeployError."""
     dtype = choose_dtype(settings, read_cpu_flags())
+    key_file = key_file_of(settings)
     check_port(settings.host, settings.port)
+    for port in _given_admin_ports(settings):
+        check_port("127.0.0.1", port)
     nats_binary = find_nats_server() if settings.nats_url is None else None
     model_dir = resolve_model(settings.model, settings.cache_dir, say)
     check_memory(settings, model_dir, dtype)
-    return Prepared(model_dir=model_dir, dtype=dtype, nats_binary=nats_binary)
+    return Prepared(model_dir=model_dir, dtype=dtype, nats_binary=nats_binary, key_file=key_file)
+
+
+def _given_admin_ports(settings: UpSettings) -> list[int]:
+    first = settings.admin_port
+    return [] if first is None else list(range(first, first + settings.gateway_workers))
 
 
 def serve(settings: UpSettings, environ: Mapping[str, str], say: Say, commands: Commands | None = None) -> None:
@@ -94,6 +106,7 @@ class Supervisor:
         self._bus: FleetBus | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._nats_url = settings.nats_url or ""
+        self._admin_ports = _given_admin_ports(settings) or [free_port() for _ in self._worker_numbers]
 
     @staticmethod
     def _with_elapsed(say: Say) -> Say:
@@ -134,14 +147,28 @@ class Supervisor:
         service, child = await self._launch_service(planner)
         await child.wait_until(lambda: child.has_said("planner ready"), PART_READY_TIMEOUT_S)
         self._keep_running(service)
-        gateway = gateway_program(self._commands, self._settings, self._nats_url, prepared.model_dir)
-        service, child = await self._launch_service(gateway)
+        gateways = [await self._launch_service(self._gateway_program(prepared, n)) for n in self._worker_numbers]
         await self._start_cloud(prepared)  # the instances load while the gateway starts
-        await child.wait_until(lambda: _accepts(self._endpoint), PART_READY_TIMEOUT_S)
-        self._keep_running(service)
+        for number, (service, child) in enumerate(gateways):
+            await child.wait_until(partial(_accepts, self._admin_endpoints[number]), PART_READY_TIMEOUT_S)
+            await child.wait_until(lambda: _accepts(self._endpoint), PART_READY_TIMEOUT_S)
+            self._keep_running(service)
         await self._wait_until_ready()
         self._say(f"ready: {self._settings.served_model_name}, {prepared.dtype}")
-        self._print_next_commands()
+        self._print_next_commands(prepared.key_file)
+
+    @property
+    def _worker_numbers(self) -> range:
+        return range(self._settings.gateway_workers)
+
+    def _gateway_program(self, prepared: Prepared, number: int) -> Program:
+        worker = GatewayWorker(
+            number=number,
+            admin_port=self._admin_ports[number],
+            metrics_dir=self._state.metrics,
+            key_file=prepared.key_file,
+        )
+        return gateway_program(self._commands, self._settings, self._nats_url, prepared.model_dir, worker)
 
     async def _start_nats(self, binary: Path | None) -> None:
         if binary is not None:
@@ -232,7 +259,7 @@ class Supervisor:
         assert self._cloud is not None
         give_up_s = time.monotonic() + self._settings.ready_timeout_s
         next_line_s = time.monotonic() + STILL_WAITING_S
-        async with httpx.AsyncClient(base_url=self._endpoint, timeout=2.0, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=self._admin_endpoints[0], timeout=2.0, trust_env=False) as client:
             while self._settings.num_instances > 0 and not await _is_ready(client):
                 if not self._cloud.instances:
                     first = self._first_instance
@@ -251,12 +278,19 @@ class Supervisor:
         assert self._running is not None
         return self._running.endpoint
 
+    @property
+    def _admin_endpoints(self) -> list[str]:
+        assert self._running is not None
+        return self._running.admin_endpoints
+
     def _write_running(self) -> None:
         self._running = Running(
             pid=os.getpid(),
             host=self._settings.host,
             port=self._settings.port,
             nats_url=self._nats_url,
+            admin_ports=self._admin_ports,
+            tls_cert=str(self._settings.tls_cert) if self._settings.tls_cert else None,
             model=self._settings.model_slug,
             served_model_name=self._settings.served_model_name,
             started_at_s=self._running.started_at_s if self._running else time.time(),
@@ -264,16 +298,19 @@ class Supervisor:
         )
         self._state.write_running(self._running)
 
-    def _print_next_commands(self) -> None:
+    def _print_next_commands(self, key_file: Path | None) -> None:
         assert self._cloud is not None
         first = next(iter(self._cloud.instances), "i0")
+        key = " -H 'Authorization: Bearer KEY'" if key_file else ""
+        keys = f"API keys  {key_file} (spotserve keys)\n" if key_file else ""
+        admin = " ".join(f"{one}/metrics" for one in self._admin_endpoints)
         body = (
             f'{{"model": "{self._settings.served_model_name}", "stream": true, '
             '"messages": [{"role": "user", "content": "Tell me a story"}]}'
         )
         self._say_plainly(
-            f"\nendpoint  {self._endpoint}/v1   (logs: {self._state.logs})\n\n"
-            f"  curl -N {self._endpoint}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+            f"\nendpoint  {self._endpoint}/v1   (logs: {self._state.logs})\nmetrics   {admin}\n{keys}\n"
+            f"  curl -N {self._endpoint}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
             f"    -d '{body}'\n\n"
             "in another terminal:\n"
             '  spotserve chat "Tell me a story"   stream an answer\n'

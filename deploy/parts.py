@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -57,8 +59,25 @@ def _limits(settings: UpSettings) -> dict[str, int]:
     return {"max_spot": most - on_demand, "max_on_demand": on_demand, "candidate_pool": 0, **floors}
 
 
-def gateway_program(commands: Commands, settings: UpSettings, nats_url: str, model_dir: Path) -> Program:
-    """The gateway, listening where `settings` say."""
+class GatewayWorker(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the gateway processes on the port."""
+
+    number: int
+    admin_port: int
+    metrics_dir: Path
+    """Where several of them add up their numbers."""
+    key_file: Path | None
+
+    @property
+    def name(self) -> str:
+        return "gateway" if self.number == 0 else f"gateway-{self.number}"
+
+
+def gateway_program(
+    commands: Commands, settings: UpSettings, nats_url: str, model_dir: Path, worker: GatewayWorker
+) -> Program:
+    """A gateway, listening where `settings` say."""
+    several = settings.gateway_workers > 1
     environment = _environment(
         "GATEWAY",
         host=settings.host,
@@ -68,10 +87,20 @@ def gateway_program(commands: Commands, settings: UpSettings, nats_url: str, mod
         model_dir=model_dir,
         served_model_name=settings.served_model_name,
         max_model_len=settings.max_model_len,
+        # The same after a restart: what keys have used is kept by gateway.
+        gateway_id=f"up{zlib.crc32(f'{socket.gethostname()}:{settings.state_dir}'.encode()):08x}-{worker.number}",
+        admin_port=worker.admin_port,
+        api_keys=worker.key_file,
+        no_auth=settings.no_auth or None,
+        tls_cert=settings.tls_cert,
+        tls_key=settings.tls_key,
+        reuse_port=True if several else None,
         # Ctrl-C stops the instances as well: there is nothing to wait for.
         drain_s=DRAIN_S,
     )
-    return Program(name="gateway", command=commands.gateway, environment=environment)
+    if several:
+        environment |= {"PROMETHEUS_MULTIPROC_DIR": str(worker.metrics_dir)}
+    return Program(name=worker.name, command=commands.gateway, environment=environment)
 
 
 def engine_program(

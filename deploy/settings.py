@@ -20,6 +20,7 @@ Objective = Literal["latency", "throughput", "slo"]
 Device = Literal["cpu", "cuda"]
 DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 AUTO: Final = "auto"
+KEY_FILE_NAME: Final = "api-keys.json"
 
 
 class UpSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +36,16 @@ class UpSettings(msgspec.Struct, frozen=True, kw_only=True):
     market: Market = Market.SPOT
     host: str = "127.0.0.1"
     port: int = 8000
+    admin_port: int | None = None
+    """Of metrics and health, on 127.0.0.1; None: a free one. Further workers have the ones after it."""
+    gateway_workers: int = 1
+    """Gateway processes on the one port."""
+    api_keys: Path | None = None
+    """File of the API keys; None: `default_api_keys`, if there is one."""
+    no_auth: bool = False
+    """No keys, whatever the address."""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
     nats_url: str | None = None
     """An external server; None: the embedded one."""
     max_model_len: int | None = None
@@ -78,8 +89,26 @@ class UpSettings(msgspec.Struct, frozen=True, kw_only=True):
         if self.target_latency_s is not None and not 0 < self.target_latency_s < math.inf:
             raise SettingError("--target-latency", self.target_latency_s, "must be seconds above 0")
         self._check_autoscale()
+        self._check_gateway()
         if not 1 <= self.port <= 65535:
             raise SettingError("--port", self.port, "must be from 1 to 65535")
+
+    def _check_gateway(self) -> None:
+        _at_least("--gateway-workers", self.gateway_workers, 1)
+        if self.admin_port is not None and not 1 <= self.admin_port <= 65536 - self.gateway_workers:
+            raise SettingError("--admin-port", self.admin_port, "must be from 1 to 65535, with room for all workers")
+        if self.no_auth and self.api_keys is not None:
+            raise SettingError("--no-auth", self.no_auth, "goes without --api-keys")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise SettingError("--tls-cert", self.tls_cert, "goes with --tls-key: both or none")
+        for name, path in (("--tls-cert", self.tls_cert), ("--tls-key", self.tls_key)):
+            if path is not None and not path.is_file():
+                raise SettingError(name, str(path), "does not exist")
+
+    @property
+    def default_api_keys(self) -> Path:
+        """Where `spotserve keys` puts keys."""
+        return self.state_dir / KEY_FILE_NAME
 
     def _check_autoscale(self) -> None:
         _at_least("--max-instances", self.max_instances, 1)

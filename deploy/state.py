@@ -3,6 +3,7 @@
 up.lock          held for as long as the supervisor lives, with its pid
 up.json          `Running`
 logs/            one file a part; logs.previous/ are those of the last `up`
+metrics/         what several gateway processes add up
 nats/            the JetStream store of the embedded server
 next_instance    the number of the next instance
 """
@@ -32,6 +33,9 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     """The slug in the NATS subjects."""
     served_model_name: str
     started_at_s: float
+    admin_ports: list[int] = []
+    """Of the gateway processes, on 127.0.0.1: metrics, health, counts."""
+    tls_cert: str | None = None
     pids: dict[str, int] = {}
     """Of the running parts, by name; a part that was started again has another."""
 
@@ -39,7 +43,12 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     def endpoint(self) -> str:
         """Base address of the gateway, as it is reached from this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        return f"http://{host}:{self.port}"
+        return f"{'https' if self.tls_cert else 'http'}://{host}:{self.port}"
+
+    @property
+    def admin_endpoints(self) -> list[str]:
+        """Base addresses for the operator, one a gateway process."""
+        return [f"http://127.0.0.1:{port}" for port in self.admin_ports]
 
 
 class StateDir:
@@ -49,6 +58,7 @@ class StateDir:
         self.path = path
         self.nats = path / "nats"
         self.logs = path / "logs"
+        self.metrics = path / "metrics"
         self._running = path / "up.json"
         self._lock: IO[str] | None = None
 
@@ -89,6 +99,8 @@ class StateDir:
         if not keep_state:
             shutil.rmtree(self.nats, ignore_errors=True)
             (self.path / "next_instance").unlink(missing_ok=True)
+        shutil.rmtree(self.metrics, ignore_errors=True)
+        self.metrics.mkdir()
         self.logs.mkdir()
         self.nats.mkdir(exist_ok=True)
 

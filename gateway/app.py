@@ -21,6 +21,7 @@ from opentelemetry.trace import Tracer
 
 from gateway import openapi
 from gateway.errors import ApiError, server_error
+from gateway.protocol import is_loopback
 from gateway.routes import generation, health, metrics, models, responses, tokenize
 from gateway.routes.access import identify
 from gateway.services.admin_server import AdminServer
@@ -32,7 +33,7 @@ from gateway.services.key_file import SharedUsage, WatchedKeys
 from gateway.services.listener import listen
 from gateway.services.responses import Responses
 from gateway.services.tokenizer import TextTokenizer
-from gateway.settings import Settings, is_loopback
+from gateway.settings import Settings
 
 _log = logging.getLogger(__name__)
 

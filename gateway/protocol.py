@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import re
 
 import msgspec
@@ -81,3 +82,11 @@ def hash_secret(salt: str, secret: str) -> str:
 def key_usage_bucket(model: str) -> str:
     """The JetStream KV bucket where gateways tell each other what keys have used."""
     return f"spotserve-{model}-key-usage"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`: on any other address API keys are required."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import msgspec
 
 from gateway.core.tools.formats import FORMATS
 from gateway.errors import SettingsError
+from gateway.protocol import is_loopback
 
 _PREFIX = "SPOTSERVE_GATEWAY_"
 _POSITIVE = (
@@ -135,11 +135,3 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             except msgspec.ValidationError as error:
                 raise SettingsError(_PREFIX + name.upper(), f"{error} ({text[:80]!r})") from error
         return cls(**values)  # type: ignore[arg-type] # each value was converted to its field's type
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

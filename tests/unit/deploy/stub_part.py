@@ -110,9 +110,11 @@ async def gateway() -> None:
         await writer.drain()
         writer.close()
 
-    server = await asyncio.start_server(answer, host, port)
+    shared = "SPOTSERVE_GATEWAY_REUSE_PORT" in os.environ
+    server = await asyncio.start_server(answer, host, port, reuse_port=shared)
+    admin = await asyncio.start_server(answer, "127.0.0.1", int(os.environ["SPOTSERVE_GATEWAY_ADMIN_PORT"]))
     print("gateway ready", flush=True)
-    await server.serve_forever()
+    await asyncio.gather(server.serve_forever(), admin.serve_forever())
 
 
 async def engine() -> None:

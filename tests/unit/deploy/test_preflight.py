@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from deploy.errors import NotEnoughMemoryError, NotRunningError, PartFailedError, SettingError
-from deploy.parts import Commands, engine_program, gateway_program, planner_program
+from deploy.parts import Commands, GatewayWorker, engine_program, gateway_program, planner_program
 from deploy.preflight import check_memory, check_port, choose_dtype, read_cpu_flags
 from deploy.process import LAUNCHER, Child, Program, describe_exit
 from deploy.settings import UpSettings, default_state_dir, restart_delay_s
@@ -112,10 +112,24 @@ def test_options_that_are_not_given_stay_out_of_the_environment() -> None:
         "SPOTSERVE_PLANNER_NATS_URL": "nats://n",
         "SPOTSERVE_PLANNER_MODEL": "SmolLM2-135M-Instruct",
     }
-    assert set(gateway_program(commands, bare, "nats://n", Path("m")).environment) == {
-        f"SPOTSERVE_GATEWAY_{name}"
-        for name in ("HOST", "PORT", "NATS_URL", "MODEL", "MODEL_DIR", "SERVED_MODEL_NAME", "DRAIN_S")
-    }
+    worker = GatewayWorker(number=1, admin_port=9, metrics_dir=Path("d"), key_file=None)
+    given = (
+        "HOST",
+        "PORT",
+        "NATS_URL",
+        "MODEL",
+        "MODEL_DIR",
+        "SERVED_MODEL_NAME",
+        "DRAIN_S",
+        "GATEWAY_ID",
+        "ADMIN_PORT",
+    )
+    alone = gateway_program(commands, bare, "nats://n", Path("m"), worker)
+    assert set(alone.environment) == {f"SPOTSERVE_GATEWAY_{name}" for name in given}
+    one_of_two = gateway_program(commands, settings(gateway_workers=2), "nats://n", Path("m"), worker)
+    assert one_of_two.name == "gateway-1"
+    assert one_of_two.environment["SPOTSERVE_GATEWAY_REUSE_PORT"] == "True"
+    assert one_of_two.environment["PROMETHEUS_MULTIPROC_DIR"] == "d"
     full = settings(max_model_len=512, reduction="fixed", rank_memory_mb=3, stages=2, objective="latency")
     assert planner_program(commands, full, "nats://n").environment["SPOTSERVE_PLANNER_PIPELINE"] == "2"
     environment = engine_program(commands, full, "u", Path("m"), "float32", "i7", Market.ON_DEMAND).environment
