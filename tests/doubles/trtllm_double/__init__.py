@@ -1,0 +1,1 @@
+"""Behind the doubles of `tensorrt_llm` and `pynvml`: switches, journal, GPUs and worker processes."""
