@@ -461,7 +461,8 @@ class FakeEngine:
 class Stack:
     """A gateway that serves HTTP on `port`, and the engine behind it."""
 
-    def __init__(self, engine: FakeEngine, port: int, server: uvicorn.Server) -> None:
+    def __init__(self, engine: FakeEngine, port: int, server: uvicorn.Server, admin_port: int = 0) -> None:
+        self.admin_port = admin_port
         self.engine = engine
         self.server = server
         self.url = f"http://127.0.0.1:{port}"
@@ -508,7 +509,9 @@ async def stacks(nats_server: NatsServer, model_dir: Path) -> AsyncIterator[Any]
     """Yields `make_stack` once, and closes what it made."""
     made: list[tuple[Stack, asyncio.Task[None]]] = []
 
-    async def make(url: str = nats_server.url, tracer: object = None, **values: object) -> Stack:
+    async def make(
+        url: str = nats_server.url, tracer: object = None, send_buffer_bytes: int = 0, **values: object
+    ) -> Stack:
         slug = next(_slugs)
         settings = msgspec.convert(
             {
@@ -523,13 +526,15 @@ async def stacks(nats_server: NatsServer, model_dir: Path) -> AsyncIterator[Any]
         )
         app = create_app(settings, TextTokenizer(model_dir), tracer or no_tracer())  # type: ignore[arg-type] # any tracer
         listener = socket.create_server(("127.0.0.1", 0))
+        if send_buffer_bytes:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
         config = uvicorn.Config(app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=3)
         server = uvicorn.Server(config)
         task = asyncio.create_task(server._serve([listener]))
         client = await nats.connect(url, max_reconnect_attempts=-1, reconnect_time_wait=0.1)
         engine = FakeEngine(client, slug)
         await engine.start()
-        stack = Stack(engine, listener.getsockname()[1], server)
+        stack = Stack(engine, listener.getsockname()[1], server, app.state.admin.port)
         made.append((stack, task))
         await until(lambda: server.started)
         return stack
