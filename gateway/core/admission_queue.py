@@ -172,13 +172,13 @@ class AdmissionQueue:
         return Admission(True, shed)
 
     def put_back(self, item: str, deadline_s: float, *, interrupted: bool, not_before_s: float = 0.0) -> None:
-        """Return an item that had left the queue to its old place, or, `interrupted`, before all new ones.
+        """Return an item that had left the queue to its old place, or, `interrupted` (ever), ahead of all new ones.
 
         Only its deadline ends the waiting of an interrupted item.
         """
         waiting = self._items[item]
         waiting.not_before_s, waiting.deadline_s = not_before_s, deadline_s
-        if interrupted:
+        if interrupted or waiting.interrupted:
             waiting.interrupted = True
             self._waiting.add(item)
             insort(self._interrupted, waiting, key=_number)
@@ -196,11 +196,11 @@ class AdmissionQueue:
     def take(self, item: str, now_s: float) -> None:
         """`item` goes to a pipeline; its tenant is charged for it, unless it had gone before."""
         waiting = self._items[item]
+        if not waiting.interrupted:
+            self._charge(waiting.request.tenant, waiting.cost_tokens)
         self._drop(item)
         self._departures_s.append(now_s)
         waiting.request.started = True
-        if not waiting.interrupted:
-            self._charge(waiting.request.tenant, waiting.cost_tokens)
 
     def waited_s(self, item: str, now_s: float) -> float:
         """Since `item` came."""

@@ -273,3 +273,15 @@ def test_client_sees_every_token_once_whatever_happens(script):
                 carry_out(state.handle(rs.Tick(), now_s))
         state.check_invariants()
         assert seen == state.token_ids == LOG[: len(seen)]
+
+
+def test_a_request_under_which_pipelines_break_ends_notices_do_not_count():
+    state = rs.ChoiceState("r", 0, [1], SamplingParams(max_tokens=9), 1e9, max_broken=2)
+    for number, noticed in enumerate((False, True, True)):
+        state.handle(rs.Dispatched(f"p{number}"), 0.0)
+        (effect,) = state.handle(rs.PipelineBroken(f"p{number}", "lost", noticed), 0.0)
+        assert isinstance(effect, rs.Requeue)
+    state.handle(rs.Dispatched("p9"), 0.0)
+    (effect,) = state.handle(rs.PipelineBroken("p9", "instance lost"), 0.0)
+    assert effect == rs.Fail("2 pipelines broke while they ran it; the last: instance lost")
+    assert state.phase is rs.Phase.FINISHED
