@@ -392,3 +392,27 @@ def test_status_and_chat_of_a_running_up(start: Start) -> None:
     ]
     assert up.spotserve("chat", "Tell me a story").stdout == "Once upon\n"
     assert "no plan yet" in up.spotserve("plan").stdout
+
+
+def test_gateway_workers_come_back_and_are_counted_together(start: Start) -> None:
+    up = start(num_instances=1, gateway_workers=2, env={"SPOTSERVE_UP_RESTART_DELAY_S": "0.3"})
+    up.wait_until_ready()
+    running = up.running()
+    assert {"gateway", "gateway-1"} <= set(running.pids)
+    assert len(running.admin_ports) == 2
+    assert f"metrics   http://127.0.0.1:{running.admin_ports[0]}/metrics" in up.said()
+    assert json.loads(up.spotserve("status", "--json").stdout)["requests"] == {"running": 4, "waiting": 2}
+    os.kill(running.pids["gateway-1"], signal.SIGKILL)
+    wait_for(lambda: up.running().pids.get("gateway-1", 0) not in (0, running.pids["gateway-1"]), up.said())
+    wait_for(lambda: up.spotserve("status").returncode == 0, up.said())
+    assert up.running().pids["gateway"] == running.pids["gateway"]
+    up.look()
+
+
+def test_an_address_that_others_can_reach_needs_keys(start: Start) -> None:
+    up = start(host="0.0.0.0")
+    assert up.process.wait(20) == 1
+    (line,) = up.said().splitlines()
+    assert line.startswith("error: --host '0.0.0.0'")
+    assert "spotserve keys create NAME" in line
+    assert "--no-auth" in line
