@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-DEFAULT_DATA = Path(__file__).parents[2] / "shared" / "spotserve-data"
+SHARED = Path(__file__).parents[2] / "shared"
+DEFAULT_DATA = SHARED / "spotserve-data"
+DEFAULT_TRTLLM_API = SHARED / "trtllm-api"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,6 +16,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=DEFAULT_DATA,
         help="folder with the data of the SpotServe artifact (default: ../shared/spotserve-data)",
     )
+    parser.addoption(
+        "--trtllm-api",
+        type=Path,
+        default=DEFAULT_TRTLLM_API,
+        help="folder with the tables of TensorRT-LLM's API (default: ../shared/trtllm-api)",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -22,4 +30,13 @@ def spotserve_data(pytestconfig: pytest.Config) -> Path:
     folder = Path(pytestconfig.getoption("--spotserve-data"))
     if not (folder / "profiles").is_dir():
         pytest.skip(f"the SpotServe artifact's data is not in {folder}: give --spotserve-data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trtllm_api(pytestconfig: pytest.Config) -> Path:
+    """The tables of TensorRT-LLM's API; tests that want them are skipped where they are absent."""
+    folder = Path(pytestconfig.getoption("--trtllm-api"))
+    if not (folder / "verified-1.2.1").is_dir():
+        pytest.skip(f"the tables of TensorRT-LLM's API are not in {folder}: give --trtllm-api")
     return folder

@@ -43,8 +43,8 @@ class CompletionOutput:
     text: str = ""
     token_ids: list[int] | None = field(default_factory=list)
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = field(default_factory=list)
-    prompt_logprobs: list[dict[int, Logprob]] | None = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     generation_logits: Any = None
@@ -246,7 +246,7 @@ class RequestOutput:
         output._last_token_ids_len = len(output.token_ids)
         output.token_ids.extend(response.new_ids)  # In place.
         if response.logprobs is not None:
-            assert output.logprobs is not None
+            output.logprobs = output.logprobs if output.logprobs is not None else []
             output._last_logprobs_len = len(output.logprobs)
             output.logprobs.extend(response.logprobs)
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + sum(

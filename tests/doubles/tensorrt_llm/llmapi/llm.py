@@ -244,10 +244,28 @@ class LLM:
         params._stream_interval = self.args.stream_interval
         params.return_perf_metrics = params.return_perf_metrics or self.args.return_perf_metrics
 
-    def generate(self, inputs: Any, sampling_params: Any = None, use_tqdm: bool = True, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Any,
+        sampling_params: Any = None,
+        use_tqdm: bool = True,
+        lora_request: Any = None,
+        prompt_adapter_request: Any = None,
+        kv_cache_retention_config: Any = None,
+        disaggregated_params: Any = None,
+        scheduling_params: Any = None,
+        cache_salt: Any = None,
+    ) -> Any:
         if isinstance(inputs, list) and inputs and not isinstance(inputs[0], int):
-            return [self.generate(one, sampling_params, use_tqdm, **kwargs) for one in inputs]
-        return self.generate_async(inputs, sampling_params, **kwargs).result()
+            return [self.generate(one, sampling_params, use_tqdm) for one in inputs]
+        return self.generate_async(
+            inputs,
+            sampling_params,
+            lora_request,
+            prompt_adapter_request,
+            disaggregated_params=disaggregated_params,
+            cache_salt=cache_salt,
+        ).result()
 
     # --- the rest ---------------------------------------------------------------------------------------------
 
