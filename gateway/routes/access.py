@@ -14,14 +14,15 @@ from gateway.services.caller import Caller, current_caller
 from gateway.services.key_file import WatchedKeys
 
 TIMEOUT_HEADER = "x-request-timeout-s"
-_GUARDED = ("/v1/", "/tokenize", "/detokenize")
+_OPEN = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", "/docs", "/internal/requests"})
+"""All other paths are for keys, however they are spelled."""
 
 
 async def identify(request: Request[Any, Any, Any]) -> None:
     """Sets the current caller. Raises ApiError: 401 without a valid key if keys are asked for, 400 for a bad header."""
     keys: WatchedKeys | None = request.app.state.api_keys
     principal = ANONYMOUS
-    if keys is not None and request.scope["path"].startswith(_GUARDED):
+    if keys is not None and request.scope["path"] not in _OPEN:
         principal = keys.ring.authenticate(request.headers.get("authorization", ""), time.time())
     request.state.principal = principal
     text = request.headers.get(TIMEOUT_HEADER)

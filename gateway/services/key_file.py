@@ -40,11 +40,13 @@ class WatchedKeys:
 
     async def run(self) -> None:
         """Follow the file, for ever."""
+        told: str | None = None
         while True:
             await asyncio.sleep(_POLL_S)
             problem = self._read()
-            if problem is not None:
+            if problem is not None and problem != told:
                 _log.error("API keys stay as they were: %s", problem)
+            told = problem
 
     def _read(self) -> str | None:
         """Take in the file if it has changed; what is wrong with it."""
@@ -56,8 +58,8 @@ class WatchedKeys:
             self._seen = seen
             file = msgspec.json.decode(self._path.read_bytes(), type=KeyFile)
         except OSError as error:
-            changed, self._seen = self._seen is not None, None
-            return f"cannot read {self._path}: {error.strerror}" if changed or not len(self.ring) else None
+            self._seen = None
+            return f"cannot read {self._path}: {error.strerror}"
         except msgspec.DecodeError as error:
             return f"{self._path}: {error}"
         self.ring = KeyRing(file.keys)

@@ -71,6 +71,8 @@ async def test_keys_are_asked_for_before_the_body_is_looked_at(guarded, caplog):
         assert response.json()["error"]["code"] == "invalid_api_key"
         assert (await stack.http.get("/v1/models", headers=headers)).status_code == 401
         assert (await stack.http.post("/tokenize", headers=headers)).status_code == 401
+    for path in ("//v1/models", "/v1//models", "/v1/models/", "/v1/../v1/models", "/%76%31/models"):
+        assert (await stack.http.get(httpx.URL(stack.url, raw_path=path.encode()))).status_code in (401, 404), path
     assert (await post(stack, "aaaaaaaa")).status_code == 200
     lower = {"authorization": bearer("aaaaaaaa")["authorization"].replace("Bearer", "bearer")}
     assert (await stack.http.get("/v1/models", headers=lower)).status_code == 200
