@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -59,9 +59,7 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end(tasks)
             await kept.close()
             await dispatcher.close()
             await admin.stop()
@@ -127,6 +125,15 @@ def _key_tasks(
     if keys is None:
         return []
     return [keys.run(), SharedUsage(bus, settings.model, dispatcher.accounts.limits).run()]
+
+
+async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        # Python 3.11's wait_for, inside the NATS client, loses a cancellation that comes together with its result.
+        _, left = await asyncio.wait(left, timeout=0.2)
 
 
 def _rate_headers(dispatcher: Dispatcher) -> Callable[[Message, Scope], Awaitable[None]]:
