@@ -11,6 +11,7 @@ import threading
 from typing import Any
 
 from engine import telemetry
+from engine.backends.base import Backend
 from engine.errors import EngineError, SettingError
 from engine.services.agent import RANK_VARIABLE, Agent
 from engine.services.bus import Bus
@@ -44,12 +45,21 @@ async def _run_agent(settings: EngineSettings) -> None:
     await _serve(Agent(settings, bus), bus)
 
 
-async def _run_rank(settings: EngineSettings, index: int) -> None:
+def _backend(settings: EngineSettings, rank: str) -> Backend:
+    if settings.backend == "tensorrt_llm":
+        from engine.backends.tensorrt_llm.backend import TensorrtBackend
+
+        return TensorrtBackend(settings, rank)
     from engine.backends.torch.backend import TorchBackend
+
+    return TorchBackend(settings, rank)
+
+
+async def _run_rank(settings: EngineSettings, index: int) -> None:
     from engine.services.rank import RankService
 
     rank = settings.rank_id(index)
-    backend = await asyncio.to_thread(TorchBackend, settings, rank)
+    backend = await asyncio.to_thread(_backend, settings, rank)
     bus = Bus(settings.model)
     await bus.connect(settings.nats_url, f"rank {rank}")
     await _serve(RankService(settings, index, bus, backend), bus)

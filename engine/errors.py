@@ -7,6 +7,7 @@ EngineError
 |   +-- BlockError          a KV block is shared or freed that nobody owns; names it
 +-- GrammarError            a grammar cannot be compiled, or not be followed any further; says why
 +-- PipelineBroken          a member of the pipeline died or was told to give up
++-- EngineUnavailable       an engine of another make cannot be had here; says why, and what to do
 +-- TransferError           context could not be fetched from a holder; names holder and unit
 |   +-- CorruptTransfer     it arrived, but its checksum or size is wrong
 +-- ModelError              a model cannot be served from what is there
@@ -59,6 +60,10 @@ class PipelineBroken(EngineError):
         super().__init__(f"pipeline {pipeline} is broken: {cause}")
         self.pipeline = pipeline
         self.cause = cause
+
+
+class EngineUnavailable(EngineError):
+    """An engine of another make (TensorRT-LLM) is not installed, of a wrong version, or cannot take the shape."""
 
 
 class TransferError(EngineError):

@@ -34,6 +34,9 @@ class SamplingParams(Wire, frozen=True, kw_only=True):
     min_p: float = 0.0
     seed: int = 0
     """Always set: the gateway draws one where the client gave none."""
+    seeded: bool = False
+    """The client gave the seed: it expects the same tokens again. Engines that draw by (seed, choice, index) always
+    do so; others only then."""
     ignore_eos: bool = False
     """With a grammar: go on for as long as the grammar allows anything else than to end."""
     eos_token_ids: list[int] = []

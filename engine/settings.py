@@ -17,8 +17,12 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 DeviceName = Literal["cpu", "cuda"]
 Reduction = Literal["fast", "fixed"]
 KvTransfer = Literal["auto", "always", "never"]
+BackendName = Literal["torch", "tensorrt_llm"]
+MultiNode = Literal["mpi", "ray"]
 
 PREFIX = "SPOTSERVE_ENGINE_"
+TENSORRT_DEFAULTS = {"dtype": "bfloat16", "device": "cuda", "kv_block_tokens": "32"}
+"""What an unset variable means with the backend `tensorrt_llm`."""
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
 """What can stand between the dots of a NATS subject, and in the name of a KV bucket."""
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -60,6 +64,31 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that begin alike share KV, also with those that have ended, as long as nobody needs its room."""
     log_level: str = "INFO"
 
+    backend: BackendName = "torch"
+    # What follows is for tensorrt_llm alone.
+    store_dir: Path = Path("/dev/shm")  # noqa: S108 - shared memory is where the weights shall be
+    """Where an instance keeps the model's weights between one engine and the next; as large as the model."""
+    multi_node: MultiNode | None = None
+    """How an engine over several instances starts its ranks; None: there are no such engines."""
+    max_num_tokens: int | None = None
+    """Tokens of one iteration. None: enough for a resumed prompt, up to 16384."""
+    gpu_memory_fraction: float = 0.9
+    """Of the memory that is free once the weights are in, for KV; the plan's number of blocks is the other limit."""
+    cuda_graphs: bool = True
+    autotuner: bool = True
+    """Off: engines start sooner, and their kernels may be slower."""
+    engine_start_timeout_s: float = 900.0
+    """For the import of TensorRT-LLM, and again for building an engine."""
+    shutdown_timeout_s: float = 10.0
+    """After it the engine's processes are killed."""
+    gpu_free_timeout_s: float = 30.0
+    """How long a GPU may stay occupied after its engine has gone."""
+    progress_timeout_s: float = 60.0
+    """An engine with requests that gives no token for so long is dead."""
+    kv_connector: bool = False
+    """Keep KV blocks in host memory across engines of the same shape. Not validated on hardware."""
+    kv_store_bytes: int = 8 << 30
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> EngineSettings:
         """Settings from `SPOTSERVE_ENGINE_*`.
@@ -74,6 +103,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("nats_url", "model", "model_dir", "instance"):
             if name not in given:
                 raise SettingError(PREFIX + name.upper(), "is not set")
+        if given.get("backend") == "tensorrt_llm":
+            given = TENSORRT_DEFAULTS | given
         for name, value in given.items():
             _check_field(cls, name, value)
         settings = msgspec.convert(given, cls, strict=False, dec_hook=_decode)
@@ -90,10 +121,10 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("num_ranks", "kv_block_tokens", "max_step_tokens", "num_threads"):
             if getattr(self, name) < 1:
                 raise SettingError(PREFIX + name.upper(), "must be at least 1")
-        for name in ("arrange_margin_s", "parked_kv_s"):
+        for name in ("arrange_margin_s", "parked_kv_s", "shutdown_timeout_s", "gpu_free_timeout_s"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SettingError(PREFIX + name.upper(), "must be at least 0, and finite")
-        for name in ("max_model_len", "rank_memory_bytes"):
+        for name in ("max_model_len", "rank_memory_bytes", "max_num_tokens", "kv_store_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(PREFIX + name.upper(), "must be at least 1")
@@ -102,6 +133,14 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
                 raise SettingError(PREFIX + name.upper(), "must consist of letters, digits, - and _")
         if self.log_level.upper() not in _LOG_LEVELS:
             raise SettingError(PREFIX + "LOG_LEVEL", f"must be one of {', '.join(_LOG_LEVELS)}")
+        self._validate_tensorrt()
+
+    def _validate_tensorrt(self) -> None:
+        for name in ("engine_start_timeout_s", "progress_timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingError(PREFIX + name.upper(), "must be above 0, and finite")
+        if not 0 < self.gpu_memory_fraction < 1:
+            raise SettingError(PREFIX + "GPU_MEMORY_FRACTION", "must be above 0 and below 1")
 
     def rank_id(self, index: int) -> str:
         return f"{self.instance}-{index}"

@@ -155,6 +155,8 @@ class RankInventory(Wire, frozen=True, kw_only=True):
     """Tokens of live sequences whose KV it holds."""
     measured_step: MeasuredStep | None = None
     """Of the pipeline that it leads, once it has decoded enough."""
+    rebuild_s: float = 0.0
+    """From the end of one pipeline to the start of the next on it, weights apart; 0: pipelines change in no time."""
 
 
 class InstanceInventory(Message, frozen=True, kw_only=True):
@@ -404,6 +406,8 @@ class RankProgress(Message, frozen=True, kw_only=True):
     pulled_from_disk_bytes: int = 0
     pull_s: float = 0.0
     regroup_s: float = 0.0
+    phases_s: dict[str, float] = {}
+    """With STARTED: seconds of each phase of the start of an engine that had to be built."""
 
 
 class Arrange(Message, frozen=True, kw_only=True):

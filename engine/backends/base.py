@@ -7,7 +7,9 @@ happens. Methods are called from the event loop's thread; events may come from a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 from engine.core.roles import Position, Unit
@@ -45,8 +47,11 @@ class PrepareReport:
 class PipelineEvents(Protocol):
     """What a running pipeline tells the rank that runs a part of it."""
 
-    def on_ready(self, pipeline: str) -> None:
-        """All members have started. From then on the leader's part takes requests."""
+    def on_ready(self, pipeline: str, phases_s: Mapping[str, float] = MappingProxyType({})) -> None:
+        """All members have started. From then on the leader's part takes requests.
+
+        `phases_s`: seconds of each phase of its start, where an engine had to be built for it.
+        """
 
     def on_entries(self, pipeline: str, entries: list[OutEntry]) -> None:
         """Leader only: everything that one step committed."""
@@ -59,6 +64,9 @@ class PipelineEvents(Protocol):
 
     def on_broken(self, pipeline: str, cause: str) -> None:
         """A member died, or it was aborted."""
+
+    def on_start_failed(self, pipeline: str, cause: str) -> None:
+        """It was prepared, but cannot be started in this shape here; it has ended."""
 
 
 @runtime_checkable
@@ -109,8 +117,8 @@ class Backend(Protocol):
     def store_address(self) -> str:
         """Where the members of a pipeline that this rank leads meet (`host:port`)."""
 
-    def profile(self) -> StepProfile:
-        """Step times of this device; blocking."""
+    def profile(self) -> StepProfile | None:
+        """Step times of this device; blocking. None: they are not known before it runs."""
 
     def units(self) -> set[Unit]:
         """Weight units held."""

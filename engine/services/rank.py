@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from engine.backends.base import Backend, LedPipeline, PrepareReport, RunningPipeline, Snapshot
@@ -89,6 +90,8 @@ class RankService:
         self._over: dict[str, RankProgress] = {}
         """Pipelines of the plan that have ended here, or could not be prepared, and what was said of them."""
         self._outbox: asyncio.Queue[tuple[str, str, OutEntry]] = asyncio.Queue()
+        self._rebuild_s = 0.0
+        """What the last start of an engine took, if one had to be built."""
         self._report_due = asyncio.Event()
         self._stopping = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -274,7 +277,13 @@ class RankService:
         return self._tell(progress)
 
     def _progress(
-        self, pipeline: str, phase: Phase, *, detail: str = "", report: PrepareReport | None = None
+        self,
+        pipeline: str,
+        phase: Phase,
+        *,
+        detail: str = "",
+        report: PrepareReport | None = None,
+        phases_s: Mapping[str, float] = MappingProxyType({}),
     ) -> RankProgress:
         epoch = self._plan.epoch if self._plan else 0
         report = report or PrepareReport()
@@ -289,6 +298,7 @@ class RankService:
             pulled_from_disk_bytes=report.disk_bytes,
             pull_s=report.pull_s,
             regroup_s=report.regroup_s,
+            phases_s=dict(phases_s),
         )
         logger.info(
             "rank=%s pipeline=%s phase=%s pulled_bytes=%d disk_bytes=%d pull_s=%.3f regroup_s=%.3f detail=%s",
@@ -305,8 +315,8 @@ class RankService:
 
     # --- what a pipeline tells (from its thread) --------------------------------------------------------------
 
-    def on_ready(self, pipeline: str) -> None:
-        self._call(self._ready, pipeline)
+    def on_ready(self, pipeline: str, phases_s: Mapping[str, float] = MappingProxyType({})) -> None:
+        self._call(self._ready, pipeline, phases_s)
 
     def on_entries(self, pipeline: str, entries: list[OutEntry]) -> None:
         self._call(self._entries, pipeline, entries)
@@ -320,16 +330,20 @@ class RankService:
     def on_broken(self, pipeline: str, cause: str) -> None:
         self._call(self._ended, pipeline, 0, Phase.BROKEN, cause)
 
+    def on_start_failed(self, pipeline: str, cause: str) -> None:
+        self._call(self._ended, pipeline, 0, Phase.PREPARE_FAILED, cause)
+
     def _call(self, function: Callable[..., object], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # The loop is closed: the process is ending.
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _ready(self, pipeline: str) -> None:
+    def _ready(self, pipeline: str, phases_s: Mapping[str, float]) -> None:
         if pipeline in self._led:
             self._led[pipeline].is_ready = True
         # Everybody has started, so nobody prepares from our weights for this pipeline any more.
         self._spawn(self._backend.free_unneeded(pipeline))
-        self._spawn(self._tell(self._progress(pipeline, Phase.STARTED)))
+        self._rebuild_s = sum(phases_s.values()) or self._rebuild_s
+        self._spawn(self._tell(self._progress(pipeline, Phase.STARTED, phases_s=phases_s)))
         self._report_due.set()
 
     def _entries(self, pipeline: str, entries: list[OutEntry]) -> None:
@@ -530,6 +544,7 @@ class RankService:
             prepared=sorted(self._prepared),
             kv_tokens=led.kv_tokens,
             measured_step=led.measured_step,
+            rebuild_s=self._rebuild_s,
         )
         return RankReport(
             inventory=inventory,

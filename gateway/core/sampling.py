@@ -50,6 +50,7 @@ def sampling_params(
         top_k=max(body.top_k or 0, 0),
         min_p=body.min_p or 0.0,
         seed=seed,
+        seeded=body.seed is not None,
         ignore_eos=bool(body.ignore_eos),
         eos_token_ids=limits.eos_token_ids,
         stop_token_ids=_known_ids(body.stop_token_ids or [], limits.vocab_size),

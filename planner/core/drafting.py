@@ -157,8 +157,10 @@ def _move(situation: Situation, fit: Fit, kept: list[Pipeline], migration: Migra
     stopped = [pipeline for pipeline in fit.present if pipeline.id not in kept_ids]
     throughput = {p.id: fit.costs.throughput_per_s(*shape_of(p)) for p in fit.present}
     mean_tokens = situation.workload.prompt_tokens + situation.workload.output_tokens / 2
+    # An engine that owns its ranks is built anew on the same devices, once the old one is gone.
+    rebuild_s = max((rank.inventory.rebuild_s for rank in situation.ranks.values()), default=0.0) if stopped else 0.0
     return Move(
-        pause_s=max((migration.kv_seconds.get(p.id, 0.0) for p in stopped), default=0.0),
+        pause_s=max((migration.kv_seconds.get(p.id, 0.0) for p in stopped), default=0.0) + rebuild_s,
         prepare_s=migration.seconds,
         bytes_moved=migration.moved_bytes,
         num_sequences=sum(situation.kv_tokens(p) for p in stopped) / max(1.0, mean_tokens),

@@ -25,8 +25,9 @@ from engine.backends.torch.kv_pool import KvPool
 from engine.backends.torch.pipeline import Leader, Member, PipelineParts, PipelineThread
 from engine.backends.torch.stage_model import SoloGroup, StageModel
 from engine.backends.torch.weights import Checkpoint, WeightStore
-from engine.context.transport import FetchKv, FetchUnits, fetch, in_batches
-from engine.core.roles import Position, Unit, transfers_by_unit
+from engine.context.pull import UnitPuller
+from engine.context.transport import FetchKv, fetch, in_batches
+from engine.core.roles import Position, Unit
 from engine.core.scheduler import CostEstimate, Scheduler, SchedulerLimits
 from engine.errors import EngineError, ProtocolError
 from engine.protocol import KvHolder, PullReply, PullRequest
@@ -35,7 +36,6 @@ from planner.protocol import ModelShape, StepProfile, Transfer
 
 logger = logging.getLogger(__name__)
 
-_FETCH_BATCH_UNITS: Final = 64
 _JOIN_TIMEOUT_S: Final = 5.0
 
 
@@ -107,6 +107,7 @@ class TorchBackend:
             settings.model, self._dtype.itemsize, settings.kv_block_tokens, settings.max_model_len
         )
         self._store = WeightStore(self._config, self._dtype, self._device)
+        self._puller = UnitPuller(rank, self._store, self._load_unit)
         self._rendezvous = rendezvous_store(settings.host)
         self._grammars = Grammars(
             Path(settings.model_dir) / "tokenizer.json", self._config.vocab_size, self._config.eos_token_ids
@@ -273,63 +274,12 @@ class TorchBackend:
         started_s = time.perf_counter()
         async with self._freeing:  # What is just being freed must not be counted on.
             missing = position.units(self._model) - self._store.units()
-        sources = {unit: list(names) for unit, names in transfers_by_unit(transfers).items()}
-        nowhere = sorted(unit for unit in missing if not sources.get(unit))
-        missing.difference_update(nowhere)
-        # The disk does not wait for the network.
-        loading = asyncio.create_task(asyncio.to_thread(self._load_units, nowhere))
-        try:
-            pulled_bytes = await self._pull_from_holders(missing, sources, position)
-        finally:
-            await asyncio.wait({loading})
-        disk_bytes = loading.result() + await asyncio.to_thread(self._load_units, sorted(missing))
-        return PrepareReport(pulled_bytes, disk_bytes, time.perf_counter() - started_s)
+        obtained = await self._puller.obtain(missing, transfers, position)
+        return PrepareReport(*obtained, time.perf_counter() - started_s)
 
-    async def _pull_from_holders(self, missing: set[Unit], sources: dict[Unit, list[str]], position: Position) -> int:
-        """Pull what is missing, as far as somebody has it; takes it out of `missing`. Bytes pulled."""
-        pulled_bytes = 0
-        while True:
-            by_holder: dict[str, list[Unit]] = {}
-            for unit in sorted(missing):
-                if sources.get(unit):
-                    by_holder.setdefault(sources[unit][0], []).append(unit)
-            if not by_holder:
-                return pulled_bytes
-            fetched = await asyncio.gather(
-                *(self._pull_units(holder, units, position) for holder, units in by_holder.items())
-            )
-            pulled_bytes += sum(fetched)
-            missing.difference_update(self._store.units())
-            for unit in missing:  # Whoever did not deliver is not asked again.
-                if sources.get(unit):
-                    sources[unit].pop(0)
-
-    async def _pull_units(self, holder: str, units: list[Unit], position: Position) -> int:
-        address = position.addresses.get(holder)
-        num_bytes = 0
-        if address is None:
-            return 0
-        try:
-            for start in range(0, len(units), _FETCH_BATCH_UNITS):
-                request = FetchUnits(units=units[start : start + _FETCH_BATCH_UNITS])
-                async with contextlib.aclosing(in_batches(fetch(holder, address.context_address, request))) as batches:
-                    async for batch in batches:
-                        num_bytes += await asyncio.to_thread(self._import_units, batch)
-        except EngineError as error:
-            logger.warning("rank=%s event=pull_failed cause=%s", self._rank, error)
-        return num_bytes
-
-    def _import_units(self, batch: list[tuple[Unit, bytes]]) -> int:
-        for (layer, group), data in batch:
-            self._store.import_unit(layer, group, data)
-        return sum(len(data) for _, data in batch)
-
-    def _load_units(self, units: list[Unit]) -> int:
-        num_bytes = 0
-        for layer, group in units:
-            self._store.put(layer, group, self._checkpoint.load_unit(layer, group, self._dtype))
-            num_bytes += self._model.unit_bytes(layer)
-        return num_bytes
+    def _load_unit(self, layer: int, group: int) -> int:
+        self._store.put(layer, group, self._checkpoint.load_unit(layer, group, self._dtype))
+        return self._model.unit_bytes(layer)
 
     def export_unit(self, layer: int, group: int) -> bytes:
         return self._store.export_unit(layer, group)

@@ -1,0 +1,315 @@
+"""The process around an engine: the only one, with those that it starts, that imports TensorRT-LLM.
+
+    python -m engine.backends.tensorrt_llm.child SOCKET
+
+It imports the package while the old engine still serves, builds an engine when it is told to, and from then on passes
+requests in and tokens out. Everything that could be decided elsewhere is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from engine.backends.tensorrt_llm import gpus
+from engine.backends.tensorrt_llm.arguments import (
+    connector_arguments,
+    cuda_graph_arguments,
+    kv_cache_arguments,
+    llm_arguments,
+)
+from engine.backends.tensorrt_llm.cursor import Cursor
+from engine.backends.tensorrt_llm.sampling import needs_processor, sampling_arguments
+from engine.backends.tensorrt_llm.versions import INSTALL, check_version
+from engine.backends.tensorrt_llm.wire import (
+    Abort,
+    Batch,
+    Build,
+    Built,
+    Closed,
+    EngineSpec,
+    Failed,
+    Generate,
+    Imported,
+    Message,
+    Shutdown,
+    Tokens,
+    encode,
+    receive,
+)
+from engine.core.sampling import uniform
+from engine.errors import EngineUnavailable
+
+ABORT_WAIT_S: Final = 5.0
+"""An abort may never be answered: after this its request is forgotten."""
+
+
+class Child:
+    """The conversation with the parent, on one event loop, from which all requests are made."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._loop = asyncio.get_running_loop()
+        self._llm: Any = None
+        self._spec = EngineSpec(
+            model_dir="", dtype="", tensor=1, layers=[], gpus_per_node=0, max_batch=0, max_model_len=0,
+            max_num_tokens=0, block_tokens=0, num_kv_blocks=0,
+        )  # fmt: skip
+        self._results: dict[int, Any] = {}
+        self._readers: dict[int, asyncio.Task[None]] = {}
+        self._news: list[Tokens] = []
+
+    async def run(self) -> None:
+        """Until the parent says so, or is gone."""
+        self._say(_import())
+        while (message := await receive(self._reader)) is not None:
+            if isinstance(message, Build):
+                self._build(message.spec)
+            elif isinstance(message, Generate):
+                self._generate(message)
+            elif isinstance(message, Abort):
+                self._abort(message.id)
+            elif isinstance(message, Shutdown):
+                await self._shut_down()
+                return
+            await self._writer.drain()
+
+    def _say(self, message: Message) -> None:
+        self._writer.write(encode(message))
+
+    def _build(self, spec: EngineSpec) -> None:
+        """Blocks: nothing else is to be done meanwhile, and the package wants the main thread."""
+        self._spec = spec
+        self._llm, phases_s = build(spec)
+        self._say(Built(phases_s=phases_s))
+
+    def _generate(self, request: Generate) -> None:
+        from tensorrt_llm.llmapi import RequestError
+
+        try:
+            result = self._llm.generate_async(
+                inputs=request.token_ids,
+                sampling_params=sampling_params(self._spec, request),
+                streaming=True,
+            )
+        except (RequestError, ValueError, TypeError) as error:  # Of its arguments: of this request alone.
+            self._tell(Tokens(id=request.id, ended=True, error=_words(error)))
+            return
+        self._results[request.id] = result
+        self._readers[request.id] = asyncio.create_task(self._read(request, result))
+
+    async def _read(self, request: Generate, result: Any) -> None:
+        """Pass on what comes; any exception is the last that is heard of this object."""
+        from tensorrt_llm.llmapi import RequestError
+
+        run_id, num_top = request.id, request.sampling.logprobs
+        cursor = Cursor(num_top)
+        finish_reason, stop_id, error = None, None, None
+        try:
+            async for output in result:
+                news = cursor.read(output.outputs)
+                if news is None:
+                    continue
+                finish_reason, stop_id = news.finish_reason, news.stop_id
+                cached_tokens = int(getattr(output, "cached_tokens", 0) or 0)
+                self._tell(Tokens(id=run_id, ids=news.ids, logprobs=news.logprobs, cached_tokens=cached_tokens))
+                if finish_reason is not None:
+                    break
+        except asyncio.CancelledError:
+            finish_reason = "cancelled"
+        except RequestError as caught:
+            error = _words(caught)
+        except (AssertionError, ValueError) as caught:
+            if num_top is None:
+                self._die(caught)
+                return
+            error = f"logprobs: {_words(caught)}"  # The lists do not agree; that is of this request alone.
+        except Exception as caught:  # noqa: BLE001 - whatever it is, the engine is not to be trusted any more
+            self._die(caught)
+            return
+        self._forget(run_id)
+        self._tell(Tokens(id=run_id, ended=True, finish_reason=finish_reason, stop_id=stop_id, error=error))
+
+    def _abort(self, run_id: int) -> None:
+        """Asks the engine, and waits for its answer for a while only: it may have dropped the request unheard."""
+        result, reader = self._results.get(run_id), self._readers.get(run_id)
+        if result is None or reader is None:
+            return
+        with contextlib.suppress(AttributeError, TypeError):  # The executor is gone; the parent will see it.
+            result.abort()
+        self._loop.call_later(ABORT_WAIT_S, reader.cancel)
+
+    def _forget(self, run_id: int) -> None:
+        self._results.pop(run_id, None)
+        self._readers.pop(run_id, None)
+
+    def _tell(self, news: Tokens) -> None:
+        if not self._news:
+            self._loop.call_soon(self._flush)
+        self._news.append(news)
+
+    def _flush(self) -> None:
+        news, self._news = self._news, []
+        self._say(Batch(tokens=news))
+
+    def _die(self, error: Exception) -> None:
+        if self._news:
+            self._flush()
+        self._say(Failed(cause=_words(error)))
+
+    async def _shut_down(self) -> None:
+        """In a thread of its own: it may hang for ever, and the parent kills us then."""
+        if self._llm is not None:
+            done: asyncio.Future[None] = self._loop.create_future()
+
+            def shut_down() -> None:
+                with contextlib.suppress(Exception):
+                    self._llm.shutdown()
+                self._loop.call_soon_threadsafe(done.set_result, None)
+
+            threading.Thread(target=shut_down, daemon=True).start()
+            await done
+        self._say(Closed())
+        await self._writer.drain()
+
+
+def _import() -> Imported:
+    """Import TensorRT-LLM. Raises EngineUnavailable."""
+    started_s = time.perf_counter()
+    try:
+        import tensorrt_llm
+    except ImportError as error:
+        raise EngineUnavailable(f"TensorRT-LLM cannot be imported ({error}): {INSTALL}") from error
+    check_version(tensorrt_llm.__version__)
+    return Imported(
+        version=tensorrt_llm.__version__,
+        num_gpus=_num_gpus(),
+        import_s=time.perf_counter() - started_s,
+    )
+
+
+def _num_gpus() -> int:
+    """That may be used: as NVML says, else PyTorch."""
+    known = gpus.count()
+    if known is None:
+        import torch
+
+        return torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return min(known, len(visible.split(","))) if visible else known
+
+
+def build(spec: EngineSpec) -> tuple[Any, dict[str, float]]:
+    """A `tensorrt_llm.LLM` of this shape, and the seconds of each phase of its start."""
+    from tensorrt_llm import LLM
+    from tensorrt_llm.llmapi import CudaGraphConfig, KvCacheConfig
+
+    for note in Path(spec.store_dir).glob("loaded-*") if spec.store_dir else []:
+        note.unlink(missing_ok=True)
+    started_s = time.perf_counter()
+    graphs = cuda_graph_arguments(spec)
+    arguments = llm_arguments(spec)
+    arguments["kv_cache_config"] = KvCacheConfig(**kv_cache_arguments(spec))
+    arguments["cuda_graph_config"] = CudaGraphConfig(**graphs) if graphs is not None else None
+    if spec.store_dir:
+        from tensorrt_llm._torch.models.checkpoints.hf.checkpoint_loader import HfCheckpointLoader
+
+        from engine.backends.tensorrt_llm.weight_loader import StoreWeightLoader
+
+        arguments["checkpoint_loader"] = HfCheckpointLoader(weight_loader=StoreWeightLoader(spec))
+    if spec.kv_dir:
+        from tensorrt_llm.llmapi.llm_args import KvCacheConnectorConfig
+
+        from engine.backends.tensorrt_llm.kv_store import KV_VARIABLE, kv_environment
+
+        os.environ[KV_VARIABLE] = kv_environment(spec)
+        arguments["kv_connector_config"] = KvCacheConnectorConfig(**connector_arguments())
+    llm = LLM(**arguments)
+    total_s = time.perf_counter() - started_s
+    weights_s = _weights_s(spec)
+    return llm, {"weights_s": weights_s, "warm_up_s": max(0.0, total_s - weights_s)}
+
+
+def _weights_s(spec: EngineSpec) -> float:
+    """What the slowest rank here took to map the store; each leaves a note there."""
+    times = [0.0]
+    for note in Path(spec.store_dir).glob("loaded-*") if spec.store_dir else []:
+        with contextlib.suppress(OSError, ValueError):
+            times.append(float(note.read_text()))
+    return max(times)
+
+
+def sampling_params(spec: EngineSpec, request: Generate) -> Any:
+    """A new `tensorrt_llm.SamplingParams`: `generate_async` changes the one that it gets."""
+    from tensorrt_llm import SamplingParams
+
+    sampling = request.sampling
+    num_committed = len(request.token_ids) - request.num_prompt
+    seed = int(uniform(sampling.seed, request.choice, num_committed) * 2**53)
+    arguments = sampling_arguments(sampling, request.max_tokens, seed)
+    if needs_processor(sampling):
+        from engine.backends.tensorrt_llm.logits import RequestLogits, Vocabulary
+
+        vocabulary = Vocabulary(
+            str(Path(spec.model_dir) / "tokenizer.json"), spec.vocab_size, tuple(sampling.eos_token_ids)
+        )
+        arguments["logits_processor"] = RequestLogits(
+            request.id, sampling, request.num_prompt, request.choice, vocabulary
+        )
+    return SamplingParams(**arguments)
+
+
+def _words(error: BaseException) -> str:
+    """The error and what it was caused by, in one line."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(parts) < 3:
+        text = str(cause).strip().partition("\n")[0]
+        parts.append(f"{type(cause).__name__}: {text}" if text else type(cause).__name__)
+        cause = cause.__cause__
+    return ", from ".join(parts)
+
+
+def _end_with_standard_input() -> None:
+    """Kill our process group when the parent is gone: then standard input ends."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+async def _main(socket_path: str) -> int:
+    reader, writer = await asyncio.open_unix_connection(socket_path)
+    try:
+        await Child(reader, writer).run()
+    except Exception as error:  # noqa: BLE001 - the parent must hear of it, whatever it is
+        cause = str(error) if isinstance(error, EngineUnavailable) else _words(error)
+        writer.write(encode(Failed(cause=cause)))
+        await writer.drain()
+        return 1
+    finally:
+        writer.close()
+    return 0
+
+
+def main() -> None:
+    """Run, and end at once: TensorRT-LLM's exit handlers may hang."""
+    _end_with_standard_input()
+    code = asyncio.run(_main(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What NVML says of this machine's GPUs; nothing where its Python package is not installed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+_POLL_S: Final = 0.1
+FREE_BELOW: Final = 0.1
+"""Of a GPU's memory: what drivers and displays keep."""
+
+
+class GpuState(NamedTuple):
+    total_bytes: int
+    used_bytes: int
+    pids: frozenset[int]
+    """Of processes that compute on it; in a container they may be those of the host, or not be told."""
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[Any | None]:
+    """The NVML module, initialised; None where it cannot be used."""
+    try:
+        import pynvml
+    except ImportError:
+        yield None
+        return
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        logger.debug("no NVML: %s", error)
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def count() -> int | None:
+    """How many GPUs there are; None: not known."""
+    with _nvml() as nvml:
+        return None if nvml is None else int(nvml.nvmlDeviceGetCount())
+
+
+def states(indexes: Sequence[int]) -> list[GpuState] | None:
+    """Of the GPUs with these numbers; None if it is not known."""
+    with _nvml() as nvml:
+        if nvml is None or any(index >= nvml.nvmlDeviceGetCount() for index in indexes):
+            return None
+        found = []
+        for index in indexes:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            pids = frozenset(int(p.pid) for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+            found.append(GpuState(int(memory.total), int(memory.used), pids))
+        return found
+
+
+async def wait_until_free(indexes: Sequence[int], timeout_s: float) -> str | None:
+    """Wait until nobody uses these GPUs. Who does after `timeout_s`, in words; None if they are free, or not known."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        known = await asyncio.to_thread(states, indexes)
+        busy = [
+            f"GPU {index}: {gpu.used_bytes >> 20} MiB of {gpu.total_bytes >> 20} in use, by {sorted(gpu.pids) or '?'}"
+            for index, gpu in zip(indexes, known or [], strict=False)
+            if gpu.pids or gpu.used_bytes > FREE_BELOW * gpu.total_bytes
+        ]
+        if not busy:
+            return None
+        if time.monotonic() >= deadline_s:
+            return "; ".join(busy)
+        await asyncio.sleep(_POLL_S)
