@@ -10,20 +10,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from litestar import Litestar, MediaType, Request, Response
 from litestar.datastructures import MutableScopeHeaders, State
+from litestar.enums import ScopeType
 from litestar.exceptions import HTTPException
-from litestar.types import Message, Scope
+from litestar.types import LifeSpanReceive, LifeSpanScope, Message, Receive, Scope
 from opentelemetry.trace import Tracer
 
 from gateway import openapi
-from gateway.errors import ApiError, server_error
+from gateway.errors import ApiError, bad_request, server_error
 from gateway.protocol import is_loopback
 from gateway.routes import generation, health, metrics, models, responses, tokenize
 from gateway.routes.access import identify
+from gateway.routes.replies import offer_body_send
 from gateway.services.admin_server import AdminServer
 from gateway.services.bus import Bus
 from gateway.services.caller import current_caller
@@ -64,7 +66,7 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
             await dispatcher.close()
             await admin.stop()
 
-    return Litestar(
+    return _Application(
         route_handlers=[
             generation.chat_completions,
             generation.completions,
@@ -96,6 +98,7 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
         ),
         exception_handlers={
             ApiError: _on_api_error,
+            RecursionError: _on_recursion,
             HTTPException: _on_http_exception,
             Exception: _on_exception,
         },
@@ -105,6 +108,13 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
         openapi_config=None,
         logging_config=None,
     )
+
+
+class _Application(Litestar):
+    async def __call__(self, scope: Scope | LifeSpanScope, receive: Receive | LifeSpanReceive, send: Any) -> None:
+        if scope["type"] == ScopeType.HTTP:
+            offer_body_send(cast("Scope", scope), send)
+        await super().__call__(scope, receive, send)
 
 
 def _admin_server(settings: Settings, front: Front) -> AdminServer:
@@ -185,6 +195,11 @@ def _on_http_exception(request: Request[Any, Any, Any], error: HTTPException) ->
     code = "unknown_url" if status is HTTPStatus.NOT_FOUND else None
     api_error = ApiError(status, message, code=code, headers=dict(error.headers or {}))
     return _on_api_error(request, api_error)
+
+
+def _on_recursion(request: Request[Any, Any, Any], _: RecursionError) -> Response[bytes]:
+    """Only values of the request are of any depth: schemas, arguments, what the template is given."""
+    return _on_api_error(request, bad_request("The request has a value that is nested too deeply"))
 
 
 def _on_exception(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:

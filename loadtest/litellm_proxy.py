@@ -15,11 +15,13 @@ from loadtest.processes import Process
 
 VERSION: Final = "1.106.2"
 INSTALL_TIMEOUT_S: Final = 900.0
-QUIET: Final = {
+ENVIRONMENT: Final = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # nothing is fetched at start
     "LITELLM_MODE": "PRODUCTION",
     "LITELLM_LOG": "ERROR",
     "LITELLM_TELEMETRY": "False",
+    # Loopback only, and as our gateway is measured: checking keys would only make it slower.
+    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
 }
 
 
@@ -60,4 +62,4 @@ def proxy(python: Path, port: int, upstream_port: int, directory: Path) -> Proce
         "  disable_spend_logs: true\n"
     )
     command = [str(python.with_name("litellm")), "--config", str(config), "--port", str(port), "--host", "127.0.0.1"]
-    return Process("litellm", [*command, "--num_workers", "1", "--telemetry", "False"], directory, QUIET)
+    return Process("litellm", [*command, "--num_workers", "1", "--telemetry", "False"], directory, ENVIRONMENT)

@@ -62,6 +62,8 @@ class IncrementalText:
         """The text that is final now and was not before."""
         if self._open_start == len(self._ids):
             whole = self._detokenizer.whole_text(token_id)
+            if whole == "":
+                return ""  # and no context for what follows, which may depend on the last visible token
             if whole is not None:
                 self._ids.append(token_id)
                 self._context_start, self._open_start = self._open_start, len(self._ids)

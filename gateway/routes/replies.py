@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from http import HTTPStatus
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Final, TypeVar
 
 import orjson
 from litestar import Request
@@ -22,12 +23,17 @@ _STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 
+_BODY_SEND: Final = "spotserve.body_send"
 
 _log = logging.getLogger(__name__)
 
 
 class ClientGone(Exception):  # not an error: nobody is left to be told
-    """The client has closed the connection."""
+    """The client has closed the connection, or (with a cause) was cut off."""
+
+    def __init__(self, cause: str | None = None) -> None:
+        super().__init__(cause)
+        self.cause = cause
 
 
 class BytesReply:
@@ -71,6 +77,46 @@ class NoReply:
         await JsonReply({}, 499)(scope, receive, send)
 
 
+class ClientWatch:
+    """`async with ClientWatch(receive) as watch`: what runs inside ends with ClientGone when the client disconnects.
+
+    The work stays in its own task: one more task, which waits for the client, is all that a request needs.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._working: asyncio.Task[Any] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._gone: ClientGone | None = None
+
+    async def __aenter__(self) -> ClientWatch:
+        self._working = asyncio.current_task()
+        self._watching = asyncio.ensure_future(self._watch())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
+    ) -> None:
+        assert self._watching is not None
+        assert self._working is not None
+        self._watching.cancel()
+        if self._gone is not None:
+            self._working.uncancel()
+            if kind is asyncio.CancelledError:
+                raise self._gone
+
+    def end(self, cause: str | None) -> None:
+        """Stop the work now; `cause` goes into ClientGone."""
+        if self._gone is None and self._working is not None:
+            self._gone = ClientGone(cause)
+            self._working.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.end(None)
+
+
 class StreamReply:
     """Server-sent events; `close` is called however it ends, also when the client goes away.
 
@@ -87,55 +133,76 @@ class StreamReply:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         front = scope["litestar_app"].state.front
-        watch = asyncio.ensure_future(self._stall(front.settings.slow_reader_timeout_s))
         cause: tuple[str, ...] = ()
+        stall = None
         try:
-            await unless_gone(receive, self._send(send), watch)
-        except ClientGone:
-            if watch.done() and not watch.cancelled():
-                cause = (watch.result(),)
+            async with ClientWatch(receive) as watch:
+                stall = _Stall(self, front.settings.slow_reader_timeout_s, watch.end)
+                await self._send(send, body_send(scope, send))
+        except ClientGone as gone:
+            if gone.cause is not None:
+                cause = (gone.cause,)
                 front.dispatcher.accounts.metrics.stalled()
-                _log.warning("stream cut: %s", *cause)
+                _log.warning("stream cut: %s", gone.cause)
         finally:
-            watch.cancel()
+            if stall is not None:
+                stall.cancel()
             self._close(*cause)
 
-    async def _stall(self, timeout_s: float) -> str:
-        """Returns the cause when one event has been waiting to be sent for `timeout_s`, within a tenth."""
-        since, seen = 0, -1
-        while True:
-            await asyncio.sleep(timeout_s / 10)
-            since = since + 1 if self._sending and self._sending == seen else 0
-            seen = self._sending
-            if since >= 10:
-                return f"the client has not read for {timeout_s:g} s"
+    @property
+    def sending(self) -> int:
+        return self._sending
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, send_body: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-        await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        await send_body({"type": "http.response.body", "body": self._first, "more_body": True})
         number = 1
         async for data in self._rest:
             number += 1
             self._sending = number
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send_body({"type": "http.response.body", "body": data, "more_body": True})
             self._sending = 0
         self._sending = number + 1
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send_body({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T], *until: asyncio.Future[Any]) -> _T:
-    """The result of `work`; raises ClientGone, and stops it, if the client disconnects or `until` is done before."""
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnect(receive))
-    try:
-        await asyncio.wait({working, watching, *until}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
-    finally:
-        working.cancel()
-        watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+class _Stall:
+    """Calls `end` with the cause when one event of `reply` has waited to be sent for `timeout_s`, within a tenth."""
+
+    def __init__(self, reply: StreamReply, timeout_s: float, end: Callable[[str], None]) -> None:
+        self._reply, self._timeout_s, self._end = reply, timeout_s, end
+        self._num_same, self._seen = 0, -1
+        self._timer = asyncio.get_running_loop().call_later(timeout_s / 10, self._look)
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        sending = self._reply.sending
+        self._num_same = self._num_same + 1 if sending and sending == self._seen else 0
+        self._seen = sending
+        if self._num_same >= 10:
+            self._end(f"the client has not read for {self._timeout_s:g} s")
+            return
+        self._timer = asyncio.get_running_loop().call_later(self._timeout_s / 10, self._look)
+
+
+def offer_body_send(scope: Scope, send: Send) -> None:
+    """The server's own `send`, for the parts of a body: what the framework adds to a reply is in the start of it."""
+    scope["extensions"] = {**(scope.get("extensions") or {}), _BODY_SEND: send}  # type: ignore[dict-item] # an entry of ours
+
+
+def body_send(scope: Scope, send: Send) -> Send:
+    """What `offer_body_send` left in `scope`, else `send`."""
+    extensions: dict[str, Any] = scope.get("extensions") or {}
+    found: Send = extensions.get(_BODY_SEND, send)
+    return found
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`; raises ClientGone, and stops it, if the client disconnects before."""
+    async with ClientWatch(receive):
+        return await work
 
 
 async def next_bytes(events: AsyncIterator[bytes]) -> bytes:
@@ -155,8 +222,3 @@ async def json_body(request: Request[Any, Any, Any]) -> bytes:
     if not body:
         raise bad_request("The body is empty; a JSON object is required")
     return body
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

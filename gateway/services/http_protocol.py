@@ -1,0 +1,36 @@
+"""How the gateway reads HTTP: llhttp's parser, with a bound on what a client may send before its body.
+
+The C parser, against uvicorn's other one (h11, in Python), saves about a sixth of the CPU time of a streamed token.
+Granian was not taken: it has no hook at the start of a shutdown, which draining needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES: Final = 64 * 1024
+"""Request line and headers."""
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """Refuses a head that does not end: the parser itself would keep it all."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._num_head_bytes: int | None = 0
+        """Of the head that has not ended; None within a body, and in what was received together with the end of one."""
+
+    def data_received(self, data: bytes) -> None:
+        if self._num_head_bytes is None and self.cycle is not None and not self.cycle.more_body:
+            self._num_head_bytes = 0
+        super().data_received(data)
+        if self._num_head_bytes is not None:
+            self._num_head_bytes += len(data)
+            if self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response(f"The request line and headers exceed {MAX_HEAD_BYTES} bytes")
+
+    def on_headers_complete(self) -> None:
+        self._num_head_bytes = None
+        super().on_headers_complete()
