@@ -8,7 +8,7 @@ from typing import Any
 from gateway.core.tools.definitions import arguments_value
 from gateway.core.tools.formats import ToolFormat
 from gateway.errors import bad_request
-from gateway.openai import ChatMessage, ToolCall
+from gateway.openai import MAX_CHOICES, ChatMessage, ToolCall
 
 
 def template_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
@@ -22,10 +22,12 @@ def prompts_of(prompt: str | list[Any], vocab_size: int) -> list[str | list[int]
         return [prompt]
     if not prompt:
         raise bad_request("prompt must not be empty", "prompt")
-    if all(isinstance(item, str) for item in prompt):
-        return list(prompt)
     if all(type(item) is int for item in prompt):
         return [checked_ids(prompt, "prompt", vocab_size)]
+    if len(prompt) > MAX_CHOICES:
+        raise bad_request(f"prompt must be at most {MAX_CHOICES} prompts, not {len(prompt)}", "prompt")
+    if all(isinstance(item, str) for item in prompt):
+        return list(prompt)
     if all(isinstance(item, list) for item in prompt):
         return [checked_ids(item, f"prompt[{i}]", vocab_size) for i, item in enumerate(prompt)]
     raise bad_request("prompt must be a string, a list of strings, of ids, or of lists of ids", "prompt")

@@ -134,6 +134,6 @@ def arguments_value(text: str) -> Any:
     """Arguments of a call in a conversation as chat templates want them: an object where the text is one."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, dict) else text

@@ -587,6 +587,17 @@ class _LoopThread:
 @pytest.fixture
 def sync_stack(nats_server: NatsServer, model_dir: Path) -> Iterator[tuple[openai.OpenAI, Stack]]:
     """The same for a synchronous test: (client, stack); the stack lives in a thread."""
+    yield from _in_thread(nats_server, model_dir)
+
+
+@pytest.fixture(scope="module")
+def module_stack(nats_server: NatsServer, model_dir: Path) -> Iterator[Stack]:
+    """One for all synchronous tests of a module."""
+    for _, stack in _in_thread(nats_server, model_dir):
+        yield stack
+
+
+def _in_thread(nats_server: NatsServer, model_dir: Path) -> Iterator[tuple[openai.OpenAI, Stack]]:
     thread = _LoopThread()
 
     async def enter() -> tuple[Any, Stack]:
