@@ -6,17 +6,18 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from litestar import Litestar, MediaType, Request, Response
 from litestar.datastructures import MutableScopeHeaders, State
+from litestar.enums import ScopeType
 from litestar.exceptions import HTTPException
-from litestar.types import Message, Scope
+from litestar.types import LifeSpanReceive, LifeSpanScope, Message, Receive, Scope
 from opentelemetry.trace import Tracer
 
 from gateway import openapi
@@ -24,6 +25,7 @@ from gateway.errors import ApiError, bad_request, server_error
 from gateway.protocol import is_loopback
 from gateway.routes import generation, health, metrics, models, responses, tokenize
 from gateway.routes.access import identify
+from gateway.routes.replies import offer_body_send
 from gateway.services.admin_server import AdminServer
 from gateway.services.bus import Bus
 from gateway.services.caller import current_caller
@@ -59,14 +61,12 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end(tasks)
             await kept.close()
             await dispatcher.close()
             await admin.stop()
 
-    return Litestar(
+    return _Application(
         route_handlers=[
             generation.chat_completions,
             generation.completions,
@@ -110,6 +110,13 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
     )
 
 
+class _Application(Litestar):
+    async def __call__(self, scope: Scope | LifeSpanScope, receive: Receive | LifeSpanReceive, send: Any) -> None:
+        if scope["type"] == ScopeType.HTTP:
+            offer_body_send(cast("Scope", scope), send)
+        await super().__call__(scope, receive, send)
+
+
 def _admin_server(settings: Settings, front: Front) -> AdminServer:
     """Raises SettingsError if its port is taken."""
     app = Litestar(
@@ -128,6 +135,15 @@ def _key_tasks(
     if keys is None:
         return []
     return [keys.run(), SharedUsage(bus, settings.model, dispatcher.accounts.limits).run()]
+
+
+async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        # Python 3.11's wait_for, inside the NATS client, loses a cancellation that comes together with its result.
+        _, left = await asyncio.wait(left, timeout=0.2)
 
 
 def _rate_headers(dispatcher: Dispatcher) -> Callable[[Message, Scope], Awaitable[None]]:
