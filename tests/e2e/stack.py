@@ -172,6 +172,8 @@ class Session:
         self.plans: list[Plan] = []
         self.started: list[RankProgress] = []
         self.resumes: list[ResumeStats] = []
+        self.seams: dict[str, int] = {}
+        """By request on the wire (the answer's id, with -INDEX if there are several choices): where it went on."""
 
     async def __aenter__(self) -> Session:
         self.client = await nats.connect(
@@ -196,7 +198,9 @@ class Session:
             self.started.append(progress)
 
     def _keep_resumes(self, frame: TokenFrame) -> None:
-        self.resumes += [entry.resume for entry in frame.entries if entry.resume is not None]
+        resumed = [entry for entry in frame.entries if entry.resume is not None]
+        self.resumes += [entry.resume for entry in resumed if entry.resume is not None]
+        self.seams |= {entry.request_id: entry.index for entry in resumed}
 
     async def _watch(self, subject: str, kind: type[M], handle: Callable[[M], None]) -> None:
         async def received(msg: Any) -> None:
