@@ -128,6 +128,10 @@ def up(
     max_batch: Annotated[int | None, typer.Option(help="Sequences that a pipeline decodes at once.")] = None,
     rank_memory_mb: Annotated[int | None, typer.Option(help="Weights and KV of one rank, in MiB.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    backend: Annotated[
+        str,
+        typer.Option(help="torch, or tensorrt_llm: one GPU a rank; `spotserve doctor` says whether it would work."),
+    ] = "torch",
     keep_state: Annotated[
         bool, typer.Option("--keep-state", help="Go on with the JetStream store of the last `up`.")
     ] = False,
@@ -164,6 +168,7 @@ def up(
         max_batch=max_batch,
         rank_memory_mb=rank_memory_mb,
         device=device,
+        backend=backend,
         keep_state=keep_state,
         restart_delay_s=restart_delay_s(os.environ),
     )

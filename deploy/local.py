@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -102,6 +103,8 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._services: list[Service] = []
         self._cloud: LocalCloud | None = None
+        self._places: dict[str, int] = {}
+        """Of the instances among this machine's GPUs."""
         self._first_instance: Child | None = None
         self._bus: FleetBus | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -199,6 +202,20 @@ class Supervisor:
         service.keep_running()
         self._say(f"{service.name} is ready")
 
+    def _gpus_for(self, instance: str) -> list[str]:
+        """The first GPUs of this machine that no other instance has; none with a backend that shares them."""
+        if self._settings.backend == "torch":
+            return []
+        place = next(place for place in itertools.count() if place not in self._places.values())
+        self._places[instance] = place
+        first, num_gpus = place * self._settings.ranks_per_instance, self._settings.ranks_per_instance
+        visible = [name for name in self._environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        return [visible[i] if i < len(visible) else str(i) for i in range(first, first + num_gpus)]
+
+    async def _free_gpus_after(self, instance: str, child: Child) -> None:
+        await child.wait()
+        self._places.pop(instance, None)
+
     async def _start_cloud(self, prepared: Prepared) -> None:
         assert self._bus is not None
 
@@ -211,8 +228,10 @@ class Supervisor:
                 prepared.dtype,
                 instance,
                 market,
+                self._gpus_for(instance),
             )
             child = await self._launch(program)
+            self._spawn(self._free_gpus_after(instance, child))
             self._first_instance = self._first_instance or child
             self._say(f"{instance} is starting ({market}, {self._settings.ranks_per_instance} rank(s))")
             return child

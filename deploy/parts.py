@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -111,8 +112,9 @@ def engine_program(
     dtype: str,
     instance: str,
     market: Market,
+    gpus: Sequence[str] = (),
 ) -> Program:
-    """One instance: the agent, which starts its ranks."""
+    """One instance: the agent, which starts its ranks. `gpus`: those that it may use; none given: all."""
     environment = _environment(
         "ENGINE",
         nats_url=nats_url,
@@ -122,12 +124,15 @@ def engine_program(
         market=market.value,
         num_ranks=settings.ranks_per_instance,
         dtype=dtype,
-        device=settings.device,
+        device="cuda" if settings.uses_gpus else settings.device,
+        backend=None if settings.backend == "torch" else settings.backend,
         max_model_len=settings.max_model_len,
         reduction=settings.reduction,
         rank_memory_bytes=None if settings.rank_memory_mb is None else settings.rank_memory_mb * MIB,
         cache_dir=settings.cache_dir,
     )
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     # Two threads on a core that another rank uses too are many times slower than one.
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return Program(name=instance, command=commands.engine, environment=environment)

@@ -53,10 +53,10 @@ def find_nats_server() -> Path:
 def choose_dtype(settings: UpSettings, cpu_flags: frozenset[str]) -> str:
     """`auto`: bfloat16 where the device multiplies it in hardware, else float32."""
     if settings.dtype != AUTO:
-        if (settings.dtype, settings.device) == ("float16", "cpu"):
+        if settings.dtype == "float16" and not settings.uses_gpus:
             raise SettingError("--dtype", "float16", "is for --device cuda: on cpu use bfloat16 or float32")
         return settings.dtype
-    has_bfloat16 = settings.device == "cuda" or bool({"avx512_bf16", "amx_bf16"} & cpu_flags)
+    has_bfloat16 = settings.uses_gpus or bool({"avx512_bf16", "amx_bf16"} & cpu_flags)
     return "bfloat16" if has_bfloat16 else "float32"
 
 
@@ -72,7 +72,7 @@ def read_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 def check_memory(settings: UpSettings, model_dir: Path, dtype: str, available_bytes: int | None = None) -> None:
     """Raises NotEnoughMemoryError where the instances' weights would not fit: each may have to hold the model."""
-    if settings.device != "cpu":
+    if settings.uses_gpus:
         return
     num_ranks = settings.num_instances * settings.ranks_per_instance
     weight_bytes = count_parameters(model_dir) * DTYPE_BYTES[dtype]

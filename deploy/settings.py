@@ -18,6 +18,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 Reduction = Literal["fast", "fixed"]
 Objective = Literal["latency", "throughput", "slo"]
 Device = Literal["cpu", "cuda"]
+Backend = Literal["torch", "tensorrt_llm"]
 DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 AUTO: Final = "auto"
 KEY_FILE_NAME: Final = "api-keys.json"
@@ -66,6 +67,8 @@ class UpSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_batch: int | None = None
     rank_memory_mb: int | None = None
     device: str = "cpu"
+    backend: str = "torch"
+    """What runs the model; tensorrt_llm needs a GPU for each rank."""
     keep_state: bool = False
     """Go on with the JetStream store of the last `up`."""
     restart_delay_s: float = 0.5
@@ -75,6 +78,9 @@ class UpSettings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         _one_of("--dtype", self.dtype, (AUTO, *get_args(DType)))
         _one_of("--device", self.device, get_args(Device))
+        _one_of("--backend", self.backend, get_args(Backend))
+        if self.backend != "torch" and self.reduction is not None:
+            raise SettingError("--reduction", self.reduction, "goes with --backend torch")
         _one_of("--reduction", self.reduction, (None, *get_args(Reduction)))
         _one_of("--objective", self.objective, (None, *get_args(Objective)))
         _at_least("--instances", self.num_instances, 0)
@@ -121,6 +127,10 @@ class UpSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise SettingError(
                 "--on-demand", self.max_on_demand, f"must be {self.max_instances} (--max-instances) or less"
             )
+
+    @property
+    def uses_gpus(self) -> bool:
+        return self.backend == "tensorrt_llm" or self.device == "cuda"
 
     @property
     def served_model_name(self) -> str:

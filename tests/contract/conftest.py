@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from trtllm_double.control import control
 
+from engine.backends.base import Backend
 from engine.backends.torch.backend import TorchBackend
 from engine.settings import EngineSettings
 from tests.contract.fleet import MakeBackend
 from tests.tiny_model import make_tiny_model
+
+DOUBLES = Path(__file__).parents[1] / "doubles"
+NAMES = ["a", "b", "c", "d", "e", "f", "oracle"]
 
 
 @pytest.fixture(scope="session")
@@ -15,11 +21,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
-@pytest.fixture(params=["torch"])
-def make_backend(request: pytest.FixtureRequest, model_dir: Path) -> MakeBackend:
-    """One entry for each backend that exists."""
-
-    def make(rank: str) -> TorchBackend:
+@pytest.fixture
+def make_torch(model_dir: Path) -> MakeBackend:
+    def make(rank: str) -> Backend:
         settings = EngineSettings(
             nats_url="nats://unused",
             model="tiny",
@@ -32,4 +36,52 @@ def make_backend(request: pytest.FixtureRequest, model_dir: Path) -> MakeBackend
         )
         return TorchBackend(settings, rank)
 
-    return make
+    return MakeBackend("torch", make)
+
+
+@pytest.fixture
+def make_tensorrt(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeBackend:
+    """The TensorRT-LLM backend with the double of the package: one instance whose ranks are its GPUs."""
+    from engine.backends.tensorrt_llm.backend import TensorrtBackend
+
+    monkeypatch.setenv("TRTLLM_DOUBLE_DIR", str(tmp_path / "double"))
+    monkeypatch.setenv("PYTHONPATH", f"{DOUBLES}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    control.set(num_gpus=len(NAMES))
+    (tmp_path / "store").mkdir()
+
+    def make(rank: str) -> Backend:
+        settings = EngineSettings(
+            nats_url=f"nats://{tmp_path}",
+            model="tiny",
+            model_dir=model_dir,
+            instance="node",
+            num_ranks=len(NAMES),
+            backend="tensorrt_llm",
+            device="cuda",
+            store_dir=tmp_path / "store",
+            shutdown_timeout_s=2.0,
+            gpu_free_timeout_s=10.0,
+            engine_start_timeout_s=60.0,
+            progress_timeout_s=2.0,
+        )
+        return TensorrtBackend(settings, rank)
+
+    return MakeBackend(
+        "tensorrt_llm", make, lambda name: f"node-{NAMES.index(name)}", lambda rank: "node", moves_kv=False
+    )
+
+
+@pytest.fixture
+def make_backend(make_torch: MakeBackend) -> MakeBackend:
+    """For what only a backend can do that runs the model itself."""
+    return make_torch
+
+
+@pytest.fixture(params=["torch", "tensorrt_llm"])
+def any_backend(request: pytest.FixtureRequest) -> MakeBackend:
+    """For what each backend must do."""
+    fixture: MakeBackend = request.getfixturevalue(
+        {"torch": "make_torch", "tensorrt_llm": "make_tensorrt"}[request.param]
+    )
+    return fixture

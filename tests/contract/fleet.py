@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from engine.backends.base import Backend, LedPipeline, PrepareReport
+from engine.backends.base import Backend, LedPipeline, PrepareReport, RunningPipeline
 from engine.context.transport import ContextServer
 from engine.core.roles import Position
 from engine.core.scheduler import OutEntry, PullOrder
 from engine.protocol import GenerateRequest, KvSource, PullRequest, SamplingParams, TokenEntry
 from planner.protocol import Pipeline, RankAddress, Shard, Stage, Transfer, UnitRange
 
-MakeBackend = Callable[[str], Backend]
 DEADLINE_S = 30.0
+
+
+@dataclass(frozen=True)
+class MakeBackend:
+    """One kind of backend: how a test's rank ("a", "b", ...) is made, and what it is called."""
+
+    kind: str
+    make: Callable[[str], Backend]
+    rank_id: Callable[[str], str] = str
+    instance_of: Callable[[str], str] = str
+    """By rank id."""
+    moves_kv: bool = True
+    """An interrupted sequence's KV can be had from the old pipeline."""
 
 
 class Recorder:
@@ -27,10 +41,15 @@ class Recorder:
         self.ready: set[str] = set()
         self.stopped: dict[str, int] = {}
         self.broken: dict[str, str] = {}
+        self.start_failed: dict[str, str] = {}
+        self.num_ended: dict[str, int] = {}
+        """Ranks that have told the end of a pipeline."""
+        self.phases_s: dict[str, dict[str, float]] = {}
         self.entries: list[TokenEntry] = []
 
-    def on_ready(self, pipeline: str) -> None:
+    def on_ready(self, pipeline: str, phases_s: Mapping[str, float] = MappingProxyType({})) -> None:
         self.ready.add(pipeline)
+        self.phases_s[pipeline] = dict(phases_s)
 
     def on_entries(self, pipeline: str, entries: list[OutEntry]) -> None:
         self.entries += [out.entry for out in entries]
@@ -46,7 +65,15 @@ class Recorder:
         self._ended(pipeline, 0)
         self.broken[pipeline] = cause
 
+    def on_start_failed(self, pipeline: str, cause: str) -> None:
+        self._ended(pipeline, 0)
+        self.start_failed[pipeline] = cause
+
+    def has_ended(self, pipeline: str) -> bool:
+        return pipeline in self.stopped or pipeline in self.broken or pipeline in self.start_failed
+
     def _ended(self, pipeline: str, num_parked: int) -> None:
+        self.num_ended[pipeline] = self.num_ended.get(pipeline, 0) + 1
         with contextlib.suppress(RuntimeError):  # The test is over and its loop closed.
             self._loop.call_soon_threadsafe(self._fleet.ended, self, pipeline, num_parked)
 
@@ -67,12 +94,14 @@ class Fleet:
     """`async with Fleet(...)`; ranks are made on demand by name."""
 
     def __init__(self, make_backend: MakeBackend) -> None:
-        self._make = make_backend
+        self.kind = make_backend
         self.backends: dict[str, Backend] = {}
         self._servers: dict[str, ContextServer] = {}
         self._addresses: dict[str, RankAddress] = {}
         self.recorders: dict[str, Recorder] = {}
         self.leaders: dict[str, LedPipeline] = {}
+        self.parts: dict[str, dict[str, RunningPipeline]] = {}
+        """By pipeline and rank id."""
         self._positions: dict[str, Pipeline] = {}
         self._epoch = 0
 
@@ -80,30 +109,44 @@ class Fleet:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        for pipeline, parts in self.parts.items():
+            for rank, part in parts.items():
+                if rank in self.backends:
+                    part.abort("the test is over")
+            with contextlib.suppress(TimeoutError):
+                await until(lambda pipeline=pipeline: self._is_over(pipeline), 5.0)  # type: ignore[misc] # bound
         for server in self._servers.values():
             await server.close()
         for backend in self.backends.values():
             await asyncio.to_thread(backend.close)
 
     async def rank(self, name: str) -> Backend:
-        if name not in self.backends:
-            backend = await asyncio.to_thread(self._make, name)
+        rank = self.kind.rank_id(name)
+        if rank not in self.backends:
+            backend = await asyncio.to_thread(self.kind.make, rank)
             server = ContextServer(backend)
             address = await server.start("127.0.0.1")
-            self.backends[name], self._servers[name] = backend, server
-            self._addresses[name] = RankAddress(
-                instance=name, context_address=address, store_address=backend.store_address
+            self.backends[rank], self._servers[rank] = backend, server
+            self._addresses[rank] = RankAddress(
+                instance=self.kind.instance_of(rank), context_address=address, store_address=backend.store_address
             )
-        return self.backends[name]
+        return self.backends[rank]
 
     async def lose(self, name: str) -> None:
         """The rank's context is gone; nobody can pull from it any more."""
-        await self._servers.pop(name).close()
-        await asyncio.to_thread(self.backends.pop(name).close)
+        rank = self.kind.rank_id(name)
+        await self._servers.pop(rank).close()
+        await asyncio.to_thread(self.backends.pop(rank).close)
+
+    def _is_over(self, pipeline: str) -> bool:
+        return self.recorders[pipeline].num_ended.get(pipeline, 0) >= sum(
+            r in self.backends for r in self.parts[pipeline]
+        )
 
     async def pipeline(self, name: str, shape: list[list[str]], *, num_kv_blocks: int = 64) -> Pipeline:
         """A pipeline over `shape`: the ranks of each stage."""
-        backends = [await self.rank(rank) for stage in shape for rank in stage]
+        backends = [await self.rank(name) for stage in shape for name in stage]
+        shape = [[self.kind.rank_id(name) for name in stage] for stage in shape]
         model = backends[0].model
         bounds = [i * model.num_layers // len(shape) for i in range(len(shape) + 1)]
         num_groups = model.num_head_groups
@@ -114,7 +157,7 @@ class Fleet:
                 shards=[
                     Shard(
                         rank=rank,
-                        instance=rank,
+                        instance=self.kind.instance_of(rank),
                         first_group=j * num_groups // len(ranks),
                         last_group=(j + 1) * num_groups // len(ranks) - 1,
                     )
@@ -153,15 +196,22 @@ class Fleet:
 
     async def start(self, pipeline: Pipeline) -> Recorder:
         """Start a prepared pipeline and wait until it takes requests."""
+        recorder = self.begin(pipeline)
+        await until(lambda: pipeline.id in recorder.ready or recorder.has_ended(pipeline.id))
+        assert pipeline.id in recorder.ready, recorder.start_failed or recorder.broken
+        return recorder
+
+    def begin(self, pipeline: Pipeline) -> Recorder:
+        """Start a prepared pipeline."""
         recorder = Recorder(self)
         self.recorders[pipeline.id] = recorder
         self._positions[pipeline.id] = pipeline
         for rank in pipeline.ranks():
             part = self.backends[rank].start(pipeline.id, recorder)
+            self.parts.setdefault(pipeline.id, {})[rank] = part
             if rank == pipeline.leader:
                 assert isinstance(part, LedPipeline)
                 self.leaders[pipeline.id] = part
-        await until(lambda: pipeline.id in recorder.ready)
         return recorder
 
     async def serve(self, name: str, shape: list[list[str]], **options: Any) -> Recorder:

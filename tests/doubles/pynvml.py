@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 from trtllm_double import gpus
@@ -38,26 +39,30 @@ class _Process:
     usedGpuMemory: int
 
 
-_is_initialised = False
+_num_users = 0
+_lock = threading.Lock()
 _RESERVED_BYTES = 300 << 20
 """What a driver keeps of an idle GPU."""
 
 
 def nvmlInit() -> None:
-    global _is_initialised
+    """Counted, as there: as many calls of nvmlShutdown undo it."""
+    global _num_users
     if control.switches().num_gpus == 0:
         raise NVMLError(NVML_ERROR_DRIVER_NOT_LOADED)
-    _is_initialised = True
+    with _lock:
+        _num_users += 1
 
 
 def nvmlShutdown() -> None:
-    global _is_initialised
-    _check()
-    _is_initialised = False
+    global _num_users
+    with _lock:
+        _check()
+        _num_users -= 1
 
 
 def _check() -> None:
-    if not _is_initialised:
+    if not _num_users:
         raise NVMLError(NVML_ERROR_UNINITIALIZED)
 
 
@@ -81,6 +86,11 @@ def nvmlDeviceGetHandleByIndex(index: int) -> int:
     if not 0 <= index < control.switches().num_gpus:
         raise NVMLError(NVML_ERROR_INVALID_ARGUMENT)
     return index
+
+
+def nvmlDeviceGetHandleByUUID(uuid: str) -> int:
+    _check()
+    return nvmlDeviceGetHandleByIndex(int(uuid.removeprefix("GPU-double-")))
 
 
 def nvmlDeviceGetName(handle: int) -> str:

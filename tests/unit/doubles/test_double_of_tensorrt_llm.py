@@ -110,7 +110,7 @@ async def test_1_the_same_object_grows_in_place(make_llm: MakeLlm) -> None:
         seen, lengths, lists = [], [], []
         async for output in result:
             seen.append(output)
-            lengths.append(len(output.outputs[0].token_ids))
+            lengths.append(output.outputs[0].length)
             lists.append(output.outputs[0].token_ids)
         assert all(output is result for output in seen)
         assert all(one is lists[0] for one in lists)
@@ -129,7 +129,7 @@ async def test_1_diffs_of_the_other_choices_are_stale(make_llm: MakeLlm) -> None
 async def test_1_one_response_can_bring_several_tokens(make_llm: MakeLlm) -> None:
     control.set(tokens_per_step=3)
     with make_llm(stream_interval=2) as llm:
-        lengths = [len(output.outputs[0].token_ids) async for output in start(llm)]
+        lengths = [output.outputs[0].length async for output in start(llm)]
         assert lengths == [3, 6, 12]
 
 
@@ -306,7 +306,7 @@ async def test_7_a_stop_token_is_taken_back_from_the_ids_but_not_from_the_logpro
     with make_llm() as llm:
         expected = await ids_of(start(llm))
         result = start(llm, stop_token_ids=[expected[5]], logprobs=2)
-        lengths = [len(output.outputs[0].token_ids) async for output in result]
+        lengths = [output.outputs[0].length async for output in result]
         position = expected.index(expected[5])
         assert result.outputs[0].token_ids == expected[:position]
         assert result.outputs[0].stop_reason == expected[5]

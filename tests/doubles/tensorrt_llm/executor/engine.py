@@ -20,7 +20,7 @@ from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
 from tensorrt_llm.sampling_params import SamplingParams
 
 from .model import Context, ModelConfig, choose, draw_key, log_softmax
-from .result import Logprob, RequestOutput, Response
+from .result import Logprob, RequestOutput, Response, ResponseQueue
 from .workers import Workers
 
 _IDLE_S = 0.02
@@ -73,6 +73,7 @@ class Engine:
         self.num_blocks = min(tokens, kv.max_tokens or tokens) // kv.tokens_per_block
         self.max_seq_len = min(args.max_seq_len or config.max_len, self.num_blocks * kv.tokens_per_block)
         self._cached: OrderedDict[bytes, None] = OrderedDict()
+        self._touched: list[ResponseQueue] = []
         self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._waiting: list[_Request] = []
         self._active: list[_Request] = []
@@ -136,6 +137,7 @@ class Engine:
     def _run(self) -> None:
         while not self._stop.is_set():
             self._take_commands()
+            self._notify()
             if not self._active and not self._waiting:
                 continue
             switches = control.switches()
@@ -144,6 +146,7 @@ class Engine:
                 continue
             if self._due(switches.engine_error_after):
                 self._break(RuntimeError("CUDA error: an illegal memory access was encountered"))
+                self._notify()
                 return
             time.sleep(switches.step_s)
             try:
@@ -153,7 +156,16 @@ class Engine:
                 self._step(switches)
             except Exception as error:  # noqa: BLE001 - whatever it is, each active request hears of it
                 self._fail_all(f"{error}")
+            self._notify()
             self._num_steps += 1
+
+    def _put(self, request: _Request, response: Response | BaseException) -> None:
+        request.output.queue.put(response)
+        self._touched.append(request.output.queue)
+
+    def _notify(self) -> None:
+        touched, self._touched = self._touched, []
+        ResponseQueue.notify(touched)
 
     def _due(self, after: int | None) -> bool:
         return self._is_faulty and after is not None and self._num_steps >= after
@@ -192,12 +204,12 @@ class Engine:
     def _break(self, error: BaseException) -> None:
         self.error = error
         for request in [*self._active, *self._waiting]:
-            request.output.queue.put(error)
+            self._put(request, error)
         self._active, self._waiting = [], []
 
     def _fail_all(self, message: str) -> None:
         for request in self._active:
-            request.output.queue.put(Response(error=message))
+            self._put(request, Response(error=message))
         self._active = []
 
     def _admit(self) -> None:
@@ -213,7 +225,7 @@ class Engine:
                 return
             del self._waiting[0]
             if problem is not None:
-                request.output.queue.put(Response(error=problem))
+                self._put(request, Response(error=problem))
                 continue
             used += request.num_blocks
             num_sequences += len(request.sequences)
@@ -281,7 +293,7 @@ class Engine:
                 if not sequence.is_done:
                     self._decode(request, sequence, switches)
                 if self._is_faulty and limit is not None and len(sequence.new_ids) >= limit:
-                    request.output.queue.put(Response(error="Sampling failed for this request"))
+                    self._put(request, Response(error="Sampling failed for this request"))
                     self._active.remove(request)
                     break
             else:
@@ -345,7 +357,8 @@ class Engine:
             sequence.is_done = True
             self._keep(self._block_hashes(sequence.context.ids[:-1], request.salt))
         prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-        request.output.queue.put(
+        self._put(
+            request,
             Response(
                 sequence=sequence.index,
                 new_ids=new_ids,
@@ -355,7 +368,7 @@ class Engine:
                 is_final=is_final,
                 cached_tokens=request.cached_tokens,
                 iteration=sequence.num_steps,
-            )
+            ),
         )
 
     def _note_stats(self) -> None:

@@ -73,7 +73,7 @@ class CompletionOutput:
         return (self.logprobs or [])[self._last_logprobs_len :]
 
 
-class _Queue:
+class ResponseQueue:
     """Filled from the engine's thread. Either an event loop reads it, or a thread; decided when it is made."""
 
     def __init__(self) -> None:
@@ -85,11 +85,19 @@ class _Queue:
         self._loop_there = asyncio.Event()
 
     def put(self, item: Any) -> None:
+        """Its reader hears of it by `notify`."""
         self._items.append(item)
-        self._there.set()
-        if self.loop is not None:
-            with contextlib.suppress(RuntimeError):  # It is closed.
-                self.loop.call_soon_threadsafe(self._loop_there.set)
+
+    @staticmethod
+    def notify(queues: list[ResponseQueue]) -> None:
+        """Wake the readers of all that one iteration brought, at once."""
+        for loop in {each.loop for each in queues}:
+            touched = [each for each in queues if each.loop is loop]
+            for each in touched:
+                each._there.set()
+            if loop is not None:
+                with contextlib.suppress(RuntimeError):  # It is closed.
+                    loop.call_soon_threadsafe(_wake, touched)
 
     def get(self) -> Any:
         while not self._items:
@@ -104,6 +112,11 @@ class _Queue:
             if not self._items:
                 await self._loop_there.wait()
         return self._items.popleft()
+
+
+def _wake(queues: list[ResponseQueue]) -> None:
+    for each in queues:
+        each._loop_there.set()
 
 
 class RequestOutput:
@@ -141,7 +154,7 @@ class RequestOutput:
         self._final: set[int] = set()
         self._done = False
         self._aborted = False
-        self.queue = _Queue()
+        self.queue = ResponseQueue()
         self._is_async = self.queue.loop is not None
 
     def __repr__(self) -> str:
