@@ -74,7 +74,7 @@ class TensorrtBackend:
     def memory_bytes(self) -> int:
         if self._settings.rank_memory_bytes is not None:
             return self._settings.rank_memory_bytes
-        states = gpus.states([self._device])
+        states = gpus.states(gpus.names([self._device], os.environ))
         if not states:
             raise EngineUnavailable(
                 f"the memory of GPU {self._device} is not known: install nvidia-ml-py and check the driver "

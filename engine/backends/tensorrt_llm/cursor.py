@@ -10,18 +10,30 @@ from engine.protocol import TokenLogprobs
 
 
 class Logprob(Protocol):
-    logprob: float
-    rank: int | None
+    @property
+    def logprob(self) -> float: ...
+
+    @property
+    def rank(self) -> int | None: ...
 
 
 class Completion(Protocol):
     """What is read of `CompletionOutput`; never its `*_diff`: those of a choice that did not move are stale."""
 
-    index: int
-    token_ids: Sequence[int]
-    logprobs: Sequence[Mapping[int, Logprob]] | None
-    finish_reason: str | None
-    stop_reason: int | str | None
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def logprobs(self) -> Sequence[Mapping[int, Logprob]] | None: ...
+
+    @property
+    def finish_reason(self) -> str | None: ...
+
+    @property
+    def stop_reason(self) -> int | str | None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 logger = logging.getLogger(__name__)
@@ -49,28 +49,42 @@ def count() -> int | None:
         return None if nvml is None else int(nvml.nvmlDeviceGetCount())
 
 
-def states(indexes: Sequence[int]) -> list[GpuState] | None:
-    """Of the GPUs with these numbers; None if it is not known."""
+def names(indexes: Sequence[int], environ: Mapping[str, str]) -> list[str]:
+    """What NVML knows this process's GPUs by (number or UUID): CUDA_VISIBLE_DEVICES means nothing to it."""
+    visible = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return [visible[index] if index < len(visible) else str(index) for index in indexes]
+
+
+def _handle(nvml: Any, name: str) -> Any:
+    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
+
+
+def states(devices: Sequence[str]) -> list[GpuState] | None:
+    """Of the GPUs with these names; None if it is not known."""
     with _nvml() as nvml:
-        if nvml is None or any(index >= nvml.nvmlDeviceGetCount() for index in indexes):
+        if nvml is None:
             return None
         found = []
-        for index in indexes:
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        for name in devices:
+            try:
+                handle = _handle(nvml, name)
+            except nvml.NVMLError as error:
+                logger.warning("gpu=%s event=not_known cause=%s", name, error)
+                return None
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
             pids = frozenset(int(p.pid) for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle))
             found.append(GpuState(int(memory.total), int(memory.used), pids))
         return found
 
 
-async def wait_until_free(indexes: Sequence[int], timeout_s: float) -> str | None:
+async def wait_until_free(devices: Sequence[str], timeout_s: float) -> str | None:
     """Wait until nobody uses these GPUs. Who does after `timeout_s`, in words; None if they are free, or not known."""
     deadline_s = time.monotonic() + timeout_s
     while True:
-        known = await asyncio.to_thread(states, indexes)
+        known = await asyncio.to_thread(states, devices)
         busy = [
-            f"GPU {index}: {gpu.used_bytes >> 20} MiB of {gpu.total_bytes >> 20} in use, by {sorted(gpu.pids) or '?'}"
-            for index, gpu in zip(indexes, known or [], strict=False)
+            f"GPU {name}: {gpu.used_bytes >> 20} MiB of {gpu.total_bytes >> 20} in use, by {sorted(gpu.pids) or '?'}"
+            for name, gpu in zip(devices, known or [], strict=False)
             if gpu.pids or gpu.used_bytes > FREE_BELOW * gpu.total_bytes
         ]
         if not busy:

@@ -1,4 +1,4 @@
-"""Command line and environment of an engine's process. Pure."""
+"""Command line and environment of an engine's process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal
+
+from engine.backends.tensorrt_llm import gpus
 
 CHILD_MODULE: Final = "engine.backends.tensorrt_llm.child"
 MARK: Final = "TLLM_SPOTSERVE_ENGINE"
@@ -40,7 +42,5 @@ def environment(base: Mapping[str, str], devices: Sequence[int], mark: str, *, s
     for name in ("TLLM_DISABLE_MPI", "RAY_LOCAL_WORLD_SIZE"):
         given.pop(name, None)
     if not several_nodes:
-        visible = [name for name in base.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        names = [visible[device] if device < len(visible) else str(device) for device in devices]
-        given["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+        given["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.names(devices, base))
     return given

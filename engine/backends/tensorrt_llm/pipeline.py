@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Part:
     async def _run(self) -> str:
         raise NotImplementedError
 
-    async def _wait_for_gpu(self, devices: list[int]) -> str | None:
+    async def _wait_for_gpu(self, devices: list[str]) -> str | None:
         return await gpus.wait_until_free(devices, self._settings.gpu_free_timeout_s)
 
 
@@ -105,7 +106,8 @@ class MemberPart(Part):
     """Its device belongs to the leader's engine for as long as the leader's connection stands."""
 
     async def _run(self) -> str:
-        position, device = self.parts.position, [self.parts.device]
+        position = self.parts.position
+        device = gpus.names([self.parts.device], os.environ)
         busy = await self._wait_for_gpu(device)
         if busy is not None:
             raise EngineUnavailable(f"{busy}: an engine that ended has not given it back")
@@ -264,11 +266,12 @@ class LeaderPart(Part):
         states = await asyncio.to_thread(gpus.states, devices)
         return sorted({pid for state in states or [] for pid in state.pids if is_alive(pid)})
 
-    def _own_devices(self) -> list[int]:
+    def _own_devices(self) -> list[str]:
         """GPUs of this instance that the pipeline uses."""
         shards = [shard for stage in self.parts.position.pipeline.stages for shard in stage.shards]
         own = next(shard.instance for shard in shards if shard.rank == self.parts.rank)
-        return [int(shard.rank.rpartition("-")[2]) for shard in shards if shard.instance == own]
+        indexes = [int(shard.rank.rpartition("-")[2]) for shard in shards if shard.instance == own]
+        return gpus.names(indexes, os.environ)
 
     async def _hear(self, process: EngineProcess) -> None:
         while True:
