@@ -106,7 +106,7 @@ class Figures(msgspec.Struct, kw_only=True):
     """The engine goes as fast as it can."""
     delay: Delay | None = None
     many: ManyStreams | None = None
-    litellm_version: str = ""
+    litellm_version: str = litellm_proxy.VERSION
     litellm_requests: Throughput | None = None
     litellm_tokens: Throughput | None = None
     litellm_flat_out_tokens: Throughput | None = None
@@ -155,7 +155,8 @@ def measure(process: Process, load: LoadProcess, window_s: float) -> Window:
 def closed_loop(process: Process, options: LoadOptions, window_s: float, num_tokens: int | None) -> Throughput:
     """Requests (`num_tokens` None) or tokens of streams of `num_tokens` by second."""
     with LoadProcess(options) as load:
-        load.snapshot()  # it has begun
+        # Each connection has had an answer: what is only done once has been done.
+        until(lambda: has_answered(load, options.num_connections), f"{process.name} answers each connection once")
         time.sleep(WARM_UP_S)
         window = measure(process, load, window_s)
     if not window.num_requests:
@@ -164,6 +165,14 @@ def closed_loop(process: Process, options: LoadOptions, window_s: float, num_tok
         return window.throughput(window.num_requests)
     tokens_per_event = num_tokens * window.after.num_requests / window.after.num_texts_of_ended
     return window.throughput(window.num_texts * tokens_per_event, tokens_per_event)
+
+
+def has_answered(load: LoadProcess, num_requests: int) -> bool:
+    """Whether so many requests have been answered. Raises BenchError if one has failed."""
+    snapshot = load.snapshot()
+    if snapshot.num_errors:
+        raise BenchError(f"a request failed: {snapshot.errors[0]}")
+    return snapshot.num_requests >= num_requests
 
 
 class GatewayStack:
@@ -348,7 +357,6 @@ def measure_litellm(options: GatewayOptions, directory: Path, figures: Figures) 
         ):
             proxy.wait_until_ok(f"http://{HOST}:{port}/health/liveliness")
             setattr(figures, name, closed_loop(proxy, load, options.window_s, num_tokens if stream else None))
-    figures.litellm_version = litellm_proxy.VERSION
 
 
 def script_of(model: Path) -> list[int]:
@@ -398,9 +406,9 @@ def report(figures: Figures) -> Report:
         ("requests, answered in one piece", figures.requests),
         ("streamed tokens, one a step", figures.tokens),
         ("streamed tokens, engine flat out", figures.flat_out_tokens),
-        (f"LiteLLM {figures.litellm_version}: requests", figures.litellm_requests),
-        (f"LiteLLM {figures.litellm_version}: tokens, one a step", figures.litellm_tokens),
-        (f"LiteLLM {figures.litellm_version}: tokens, upstream flat out", figures.litellm_flat_out_tokens),
+        (f"LiteLLM {litellm_proxy.VERSION}: requests", figures.litellm_requests),
+        (f"LiteLLM {litellm_proxy.VERSION}: tokens, one a step", figures.litellm_tokens),
+        (f"LiteLLM {litellm_proxy.VERSION}: tokens, upstream flat out", figures.litellm_flat_out_tokens),
     ]
     rows = [
         [name, f"{one.per_cpu_s:.0f}", f"{one.per_s:.0f}", f"{one.cpu_share:.2f}", f"{one.tokens_per_event:.2f}"]
@@ -438,7 +446,7 @@ def report(figures: Figures) -> Report:
         )
         checks.append(at_least("slowest stream, of the median", many.slowest_share, "", SLOWEST_TARGET))
     if figures.litellm_note:
-        tables.append(Table("No figures of LiteLLM's proxy", [figures.litellm_note], []))
+        tables.append(Table("LiteLLM's proxy could not be measured", [figures.litellm_note], []))
     return Report(name="gateway", tables=tables, checks=checks, figures=figures)
 
 

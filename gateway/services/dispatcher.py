@@ -13,7 +13,15 @@ from typing import Any
 
 import msgspec
 
-from engine.protocol import PipelineState, RejectReason, ReleaseKv, ResendRequest, SamplingParams, TokenFrame
+from engine.protocol import (
+    PipelineState,
+    RejectReason,
+    ReleaseKv,
+    ResendRequest,
+    SamplingParams,
+    TokenEntry,
+    TokenFrame,
+)
 from gateway.core import request_state
 from gateway.core.admission_queue import AdmissionQueue
 from gateway.core.keys import Principal
@@ -208,7 +216,8 @@ class Dispatcher:
     # --- From the bus ------------------------------------------------------------------------------------------
 
     def on_frame(self, frame: TokenFrame) -> None:
-        for entry in frame.entries:
+        # Those who wait for their first token come first: it is the one that people notice.
+        for entry in sorted(frame.entries, key=_is_not_first):
             running = self._choices.get(entry.request_id)
             if running is not None:
                 self._handle(running, request_state.EntryArrived(frame.pipeline, entry))
@@ -438,6 +447,10 @@ class Dispatcher:
             error = task.exception()
             if error is not None:
                 _log.error("background task failed", exc_info=error)
+
+
+def _is_not_first(entry: TokenEntry) -> bool:
+    return entry.index > 0
 
 
 def _failure(message: str, reason: RejectReason | None) -> ApiError:

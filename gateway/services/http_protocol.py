@@ -6,6 +6,7 @@ Granian was not taken: it has no hook at the start of a shutdown, which draining
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -21,6 +22,12 @@ class BoundedHttp(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._num_head_bytes: int | None = 0
         """Of the head that has not ended; None within a body, and in what was received together with the end of one."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # uvicorn's own signature
+        super().connection_made(transport)
+        # uvloop would write at the end of its round, when all streams of a frame have been worked on: an event is to
+        # leave when it is made. Nothing is held for a slow reader beside what the socket takes.
+        transport.set_write_buffer_limits(high=0)
 
     def data_received(self, data: bytes) -> None:
         if self._num_head_bytes is None and self.cycle is not None and not self.cycle.more_body:

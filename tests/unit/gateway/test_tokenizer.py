@@ -103,3 +103,13 @@ def test_bad_file_is_named(make, tmp_path, name, text):
 def test_missing_tokenizer(tmp_path):
     with pytest.raises(ModelDirectoryError, match=r"tokenizer\.json"):
         TextTokenizer(tmp_path)
+
+
+def test_text_of_a_token_by_itself(make):
+    tokenizer = make()
+    ids = tokenizer.encode("aé", add_special_tokens=False)
+    assert [tokenizer.whole_text(i) for i in ids] == ["a", None, None]
+    special = tokenizer.special_id("<s>")
+    assert tokenizer.whole_text(special) == ""
+    assert tokenizer.showing(frozenset({"<s>"})).whole_text(special) == "<s>"
+    assert tokenizer.showing(frozenset({"<s>"})) is tokenizer.showing(frozenset({"<s>"}))
