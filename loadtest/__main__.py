@@ -13,7 +13,7 @@ from typing import Annotated, Final
 import typer
 
 from deploy.default_model import cache_dir, default_model_dir
-from loadtest import decision_bench, gateway_bench, memory_bench, pause_bench, startup_bench
+from loadtest import decision_bench, gateway_bench, memory_bench, pause_bench, startup_bench, tool_bench
 from loadtest.errors import BenchError
 from loadtest.gateway_bench import GatewayOptions
 from loadtest.pause_bench import PauseOptions
@@ -65,6 +65,7 @@ def everything(
             lambda: memory_bench.run([], pause_bench.NUM_INSTANCES),
             lambda: decision_bench.run(list(decision_bench.TARGETS_S), 3),
             lambda: gateway_bench.run(GatewayOptions(model=_default_model())),
+            lambda: tool_bench.run([], list(tool_bench.TOOLS)),
         ],
         json_file,
     )
@@ -177,6 +178,22 @@ def gateway(
         with_litellm=litellm,
     )
     _run([lambda: gateway_bench.run(options)], json_file)
+
+
+@app.command(epilog=_example("python -m loadtest tools", "python -m loadtest tools --tool vllm --tool guidellm"))
+def tools(
+    tool: Annotated[
+        list[str] | None, typer.Option(help=f"Repeat it: {', '.join(tool_bench.TOOLS)}.", show_default="all")
+    ] = None,
+    dtype: DtypeOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Whether load tools of others run unmodified: guidellm, aiperf, and what `vllm bench serve` sends."""
+    chosen = tool or list(tool_bench.TOOLS)
+    unknown = set(chosen) - tool_bench.TOOLS.keys()
+    if unknown:
+        raise typer.BadParameter(f"{min(unknown)} is not one of {', '.join(tool_bench.TOOLS)}", param_hint="--tool")
+    _run([lambda: tool_bench.run(_up_options(None, dtype), chosen)], json_file)
 
 
 def _default_model() -> Path:

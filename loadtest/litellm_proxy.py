@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 
-from deploy.default_model import cache_dir
-from loadtest.errors import BenchError
+from loadtest import bench_venvs
 from loadtest.openai_stub import MODEL
 from loadtest.processes import Process
 
 VERSION: Final = "1.106.2"
-INSTALL_TIMEOUT_S: Final = 900.0
 ENVIRONMENT: Final = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # nothing is fetched at start
     "LITELLM_MODE": "PRODUCTION",
@@ -25,27 +20,9 @@ ENVIRONMENT: Final = {
 }
 
 
-class InstallError(BenchError):
-    """The proxy cannot be installed here."""
-
-
 def ensure_installed() -> Path:
     """The Python that has the proxy; it is installed first if need be. Raises InstallError."""
-    directory = cache_dir(os.environ) / "bench-venvs" / f"litellm-{VERSION}"
-    python, stamp = directory / "bin" / "python", directory / ".installed"
-    if stamp.exists():
-        return python
-    print(f"installing litellm[proxy] {VERSION} into {directory}, once (some minutes) ...", flush=True)
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", f"litellm[proxy]=={VERSION}"]
-    for command in ([sys.executable, "-m", "venv", "--clear", str(directory)], pip):
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
-        except subprocess.CalledProcessError as error:
-            raise InstallError(f"litellm cannot be installed: {error.stderr.strip()[-500:]}") from error
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise InstallError(f"litellm cannot be installed: {error}") from error
-    stamp.touch()
-    return python
+    return bench_venvs.ensure_installed(f"litellm[proxy]=={VERSION}")
 
 
 def proxy(python: Path, port: int, upstream_port: int, directory: Path) -> Process:
