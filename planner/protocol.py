@@ -221,6 +221,9 @@ class LoadReport(Message, frozen=True, kw_only=True):
     waiting: int
     mean_prompt_tokens: float = 0.0
     mean_output_tokens: float = 0.0
+    arrivals_cv2: float = 1.0
+    """Squared coefficient of variation of the gaps between arrivals of the last minutes: 0 evenly spaced, 1 at random
+    (Poisson), more in bursts."""
 
 
 # --- The plan --------------------------------------------------------------------------------------------------

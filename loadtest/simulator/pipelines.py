@@ -349,7 +349,7 @@ class Pipeline:
         rows_left = self.limits.max_step_tokens * self.limits.num_stages - num_decoding
         chunks = []
         for sequence in sorted((s for s in self.running if s.num_to_feed > 1), key=lambda s: s.priority):
-            rows = min(rows_left, sequence.num_to_feed, self.limits.max_step_tokens)
+            rows = min(rows_left, sequence.num_to_feed)
             if rows > 0:
                 chunks.append((sequence, rows))
                 rows_left -= rows

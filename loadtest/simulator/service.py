@@ -12,6 +12,7 @@ from collections.abc import Sequence as Items
 from typing import Final
 
 from engine.protocol import PipelineState
+from gateway.core.arrival_statistics import ArrivalStatistics
 from gateway.core.router import Router
 from loadtest.errors import SimulationError
 from loadtest.simulator.clock import Clock
@@ -45,6 +46,7 @@ class Service:
         self._num_advertised = 0
         self._ended_s: dict[int, float] = {}
         self._arrived: deque[Request] = deque()
+        self._statistics = ArrivalStatistics()
         self._finished: deque[tuple[float, int]] = deque()
         self._recall()
         if requests:
@@ -62,6 +64,7 @@ class Service:
             )
             self._arrived.append(mirrored)
             self._finished.append((mirrored.arrival_s, request.output_tokens))
+            self._statistics.note(mirrored.arrival_s)
 
     # --- Pipelines ---
 
@@ -164,6 +167,7 @@ class Service:
         sequence = self._sequences[self._next]
         self._next += 1
         self._arrived.append(sequence.request)
+        self._statistics.note(self.clock.now_s)
         if self._next < len(self._sequences):
             self.clock.at(self._sequences[self._next].request.arrival_s, self._arrive)
         self.enqueue([sequence])
@@ -185,6 +189,7 @@ class Service:
             waiting=len(self._queue),
             mean_prompt_tokens=_mean([r.prompt_tokens for r in self._arrived]),
             mean_output_tokens=_mean([tokens for _, tokens in self._finished]),
+            arrivals_cv2=self._statistics.squared_cv(self.clock.now_s),
         )
 
     def outcomes(self, end_s: float) -> tuple[Outcome, ...]:

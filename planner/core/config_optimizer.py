@@ -20,7 +20,7 @@ from planner.core.layout_search import fewest_pipelines, filled, weigh
 from planner.protocol import ParallelConfig
 
 NEAR_TIE: Final = 0.05
-SAME_THROUGHPUT: Final = 0.01
+SAME_THROUGHPUT: Final = 0.10
 
 
 class Objective(StrEnum):

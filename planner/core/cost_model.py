@@ -33,6 +33,10 @@ from planner.protocol import ModelShape, ParallelConfig, StepProfile
 
 GUESSED_BYTES_PER_S: Final = 5e9
 """Memory bandwidth assumed where no instance has measured its steps."""
+DRAIN_S: Final = 30.0
+"""A queue should be served in the time over which arrivals are measured."""
+CHUNK_TOKENS: Final = 256
+"""Prompt tokens of one micro-batch, at most: the engine's default."""
 ACTIVATION_WIDTHS: Final = 10
 """Hidden vectors that a rank holds for each token of a step: residual, its norm, attention in and out, MLP in and
 out, and the q, k, v and MLP intermediates of its shard."""
@@ -46,6 +50,15 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: float = 128.0
     lengths_cv: float = 0.0
     """Standard deviation of the work of a request over its mean."""
+    arrivals_cv2: float = 1.0
+    """Squared coefficient of variation of the gaps between arrivals."""
+    num_waiting: float = 0.0
+    """Requests that have arrived and that no pipeline has room for."""
+
+    @property
+    def demand_per_s(self) -> float:
+        """What must be served: arrivals, and the queue within DRAIN_S."""
+        return self.arrivals_per_s + self.num_waiting / DRAIN_S
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +106,7 @@ class CostModel:
         buffer_bytes: int | None = 0,
         step_tokens: int = 0,
         corrections: Factors | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         self.model = model
         self.profile = _usable_profile(model, profile)
@@ -101,6 +115,7 @@ class CostModel:
         self.max_batch = max_batch
         self.buffer_bytes = buffer_bytes
         self.step_tokens = step_tokens
+        self.chunk_tokens = chunk_tokens
         self._corrections = corrections
         self._stages: dict[int, list[tuple[int, int]]] = {}
         self._splits: dict[int, _Split] = {}
@@ -194,26 +209,30 @@ class CostModel:
         """
         if num_decoding <= 0 and prefill_tokens <= 0:
             return 0.0
-        prompt_tokens = max(1.0, self.workload.prompt_tokens)
-        num_prompts = math.ceil(prefill_tokens / prompt_tokens) if prefill_tokens > 0 else 0
-        num_micro_batches = min(pipeline, num_decoding + num_prompts)
+        chunk_tokens = self._chunk_tokens(pipeline, prefill_tokens)
+        num_chunks = math.ceil(prefill_tokens / chunk_tokens)
+        num_micro_batches = min(pipeline, num_decoding + num_chunks)
         micro_batch = max(1.0, num_decoding / num_micro_batches)
         layer_ms = self._decode_layer_ms(tensor, micro_batch)
         if context_tokens > 0 and num_decoding > 0:
             beyond = (context_tokens - self.profile.measured_context_tokens) * micro_batch / tensor
             layer_ms = max(0.0, layer_ms + beyond * self.profile.context_layer_ms_per_token)
         times_ms = self._through_ms(pipeline, layer_ms, self._head_ms(tensor, micro_batch), self.profile.decode_hop_ms)
-        if not num_prompts:
+        if not num_chunks:
             step_ms = max(times_ms[0], num_micro_batches * times_ms[1])
         else:
-            num_filled = min(num_micro_batches, num_prompts)
-            most_tokens = min(prefill_tokens, math.ceil(num_prompts / num_filled) * prompt_tokens)
+            num_others = max(0.0, num_micro_batches - num_chunks)
             shape = (pipeline, tensor, micro_batch, layer_ms)
-            through_ms, _ = self._with_prompt_ms(*shape, most_tokens)
-            _, turn_ms = self._with_prompt_ms(*shape, prefill_tokens / num_filled)
-            # They follow each other round: the slowest on its way, or all of them at the slowest stage.
-            step_ms = max(through_ms, (num_micro_batches - num_filled) * times_ms[1] + num_filled * turn_ms)
+            through_ms, turn_ms = self._with_prompt_ms(*shape, min(prefill_tokens, chunk_tokens))
+            _, last_turn_ms = self._with_prompt_ms(*shape, prefill_tokens - (num_chunks - 1) * chunk_tokens)
+            # Chunks follow each other through the stages, and the other micro-batches follow them.
+            turns_ms = (num_chunks - 1) * turn_ms + last_turn_ms
+            step_ms = max(through_ms - turn_ms + turns_ms, num_others * times_ms[1] + turns_ms)
         return step_ms * self._factor(pipeline, tensor)
+
+    def _chunk_tokens(self, pipeline: int, prefill_tokens: int) -> float:
+        """Prompts are put together in one micro-batch only where there are more of them than micro-batches."""
+        return min(self.chunk_tokens, max(1.0, self.workload.prompt_tokens, prefill_tokens / pipeline))
 
     def decode_step_ms(self, pipeline: int, tensor: int, num_sequences: int) -> float:
         """Until every one of `num_sequences` of one pipeline has its next token, halfway through typical requests."""
@@ -237,7 +256,7 @@ class CostModel:
         if self.num_kv_blocks(pipeline, tensor) == 0:
             return math.inf
         completions = self._completions_per_s(pipeline, tensor)
-        return sum(mean_service_and_wait_s(completions, arrivals_per_s, self.workload.lengths_cv))
+        return sum(mean_service_and_wait_s(completions, arrivals_per_s, self._variability))
 
     def service_s(self, pipeline: int, tensor: int, arrivals_per_s: float) -> float:
         """As `latency_s`, without the time in the queue. Where the arrivals exceed the throughput: of full batches."""
@@ -254,7 +273,7 @@ class CostModel:
             return None
         completions = self._completions_per_s(pipeline, tensor)
         arrivals_per_s = self.workload.arrivals_per_s / data
-        service_s, wait_s = mean_service_and_wait_s(completions, arrivals_per_s, self.workload.lengths_cv)
+        service_s, wait_s = mean_service_and_wait_s(completions, arrivals_per_s, self._variability)
         load = arrivals_per_s / float(completions[-1])
         latency_s = service_s + pooled_wait_s(wait_s, load, data) if load < 1 else math.inf
         return Estimate(
@@ -263,6 +282,10 @@ class CostModel:
             service_s=self.service_s(pipeline, tensor, arrivals_per_s),
             throughput_per_s=data * float(completions[-1]),
         )
+
+    @property
+    def _variability(self) -> float:
+        return (self.workload.arrivals_cv2 + self.workload.lengths_cv**2) / 2
 
     def _completions_per_s(self, pipeline: int, tensor: int) -> NDArray[np.float64]:
         """Requests a second of one pipeline with n = 1 .. batch sequences in service."""
@@ -280,12 +303,13 @@ class CostModel:
         step_ms = np.interp(num, knots, [self.decode_step_ms(pipeline, tensor, n) for n in knots])
         decode_ms = max(1.0, self.workload.output_tokens) * step_ms / num
         prompt_ms = max(0.0, self.prefill_ms(pipeline, tensor) - self.step_ms(pipeline, tensor, num_decoding=1))
-        # A prompt holds up all micro-batches, as they follow each other round; those of the same round overlap.
+        # A prompt holds up all micro-batches, as they follow each other round: for its chunks' turns at one stage, and
+        # for the way through the others, which prompts of the same round share.
+        num_chunks = math.ceil(max(1.0, self.workload.prompt_tokens) / self.chunk_tokens)
+        share = (pipeline - 1) / (pipeline - 1 + num_chunks)
         per_round = num / max(1.0, self.workload.output_tokens)
-        num_micro_batches = np.minimum(pipeline, num)
         alone = -np.expm1(-per_round) / per_round
-        overlap = 1 / num_micro_batches + (1 - 1 / num_micro_batches) * alone
-        return 1000 / np.maximum(prompt_ms * overlap + decode_ms, 1e-6)
+        return 1000 / np.maximum(prompt_ms * (1 - share + share * alone) + decode_ms, 1e-6)
 
     def _through_ms(self, pipeline: int, layer_ms: float, head_ms: float, hop_ms: float) -> tuple[float, float]:
         """Of one micro-batch: its way through all stages, and its turn at the slowest stage."""

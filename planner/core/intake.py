@@ -24,12 +24,14 @@ def check_inventory(inventory: InstanceInventory, ranks_of_others: Container[str
 
 
 def check_load(report: LoadReport) -> None:
-    for field in ("arrivals_per_s", "mean_prompt_tokens", "mean_output_tokens"):
+    """Its numbers are some."""
+    for field in ("arrivals_per_s", "mean_prompt_tokens", "mean_output_tokens", "arrivals_cv2"):
         value = getattr(report, field)
         if not (math.isfinite(value) and value >= 0):
             raise MessageError("LoadReport", report.gateway, field, f"{value} is not a number of 0 or more")
 
 
 def check_notice(notice: PreemptionNotice) -> None:
+    """Its deadline is a time."""
     if not math.isfinite(notice.deadline_s):
         raise MessageError("PreemptionNotice", notice.instance, "deadline_s", f"{notice.deadline_s} is not a time")

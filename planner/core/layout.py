@@ -104,7 +104,7 @@ class Scorer:
 
     def __init__(self, costs: CostModel, arrivals_per_s: float | None = None) -> None:
         self.costs = costs
-        self.arrivals_per_s = costs.workload.arrivals_per_s if arrivals_per_s is None else arrivals_per_s
+        self.arrivals_per_s = costs.workload.demand_per_s if arrivals_per_s is None else arrivals_per_s
         self._throughput_per_s: dict[Shape, float] = {}
         self._scores: dict[Layout, Score] = {}
 

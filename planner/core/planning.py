@@ -116,7 +116,16 @@ def _settle(situation: Situation, fit: Fit, now_s: float) -> Decision:
 
 def _weigh_change(situation: Situation, new: Score, stay: Score, move: Move, calm_s: float) -> tuple[bool, str]:
     throughput_only = situation.targets.objective is Objective.THROUGHPUT
-    return is_worth(new, stay, move, situation.workload.arrivals_per_s, calm_s, throughput_only=throughput_only)
+    workload = situation.workload
+    return is_worth(
+        new,
+        stay,
+        move,
+        workload.arrivals_per_s,
+        calm_s,
+        num_waiting=workload.num_waiting,
+        throughput_only=throughput_only,
+    )
 
 
 def _calm_s(situation: Situation, drafted: Draft, now_s: float) -> float:

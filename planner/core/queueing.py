@@ -6,8 +6,9 @@ M/D/1 (a newcomer does not wait for those before it to finish) nor a multi-serve
 other down). With Poisson arrivals, the number of requests is the birth-death chain with death rate X(n): for n within
 the batch this is exact whatever the lengths are distributed like (processor sharing is insensitive to it; Cohen, "The
 multiple phase service network with generalized processor sharing", Acta Informatica 12, 1979). The waiting room
-beyond is exact for exponential lengths; for others its content is scaled by (1 + cv^2) / 2, as in the
-Pollaczek-Khinchine and Allen-Cunneen formulas.
+beyond is exact for random arrivals of exponential lengths; for others its content is scaled by their variability
+(ca^2 + cs^2) / 2, as in the formulas of Kingman and of Allen and Cunneen: ca is the coefficient of variation of the
+gaps between arrivals, cs that of the lengths.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from numpy.typing import NDArray
 
 
 def mean_service_and_wait_s(
-    completions_per_s: NDArray[np.float64], arrivals_per_s: float, lengths_cv: float = 0.0
+    completions_per_s: NDArray[np.float64], arrivals_per_s: float, variability: float = 0.5
 ) -> tuple[float, float]:
-    """Mean time in service and mean time in the waiting room.
+    """Mean time in service and mean time in the waiting room; the default is for random arrivals of equal lengths.
 
     `completions_per_s[n - 1]` is the throughput with n sequences in service, all positive. Infinite where the
     arrivals are as many as the throughput of the full batch.
@@ -39,7 +40,7 @@ def mean_service_and_wait_s(
     total = float(weights.sum()) + waiting
     in_service = (float(weights @ np.arange(max_batch + 1)) + max_batch * waiting) / total
     in_queue = waiting / (1 - load) / total
-    return in_service / arrivals_per_s, in_queue * (1 + lengths_cv**2) / 2 / arrivals_per_s
+    return in_service / arrivals_per_s, in_queue * variability / arrivals_per_s
 
 
 def pooled_wait_s(wait_s: float, load: float, num_pipelines: int) -> float:

@@ -295,8 +295,8 @@ class PlannerState:
         is_calm = self._rollout.is_all_prepared and not self._rollout.retirements
         if self.model is None or not is_calm:
             return
-        arrivals_per_s = self._load.workload(self.model.max_model_len, now_s).arrivals_per_s
-        change = self._load.change(arrivals_per_s, now_s)
+        workload = self._load.workload(self.model.max_model_len, now_s)
+        change = self._load.change(workload.demand_per_s, now_s)
         if change is not None:
             self._want_decision(change, now_s, now_s)
 
@@ -392,7 +392,7 @@ class PlannerState:
         except Exception as error:  # noqa: BLE001 - whatever it is: the fleet serves on with the last good plan
             return self._fail(cause, cause_at_s, error, now_s)
         self._agenda.note_success(review_at_s)
-        self._load.note_decision(situation.workload.arrivals_per_s, now_s)
+        self._load.note_decision(situation.workload.demand_per_s, now_s)
         if plan is None:
             return [Report(event="plan unchanged", fields={"cause": cause})]
         if self._is_advisory and not _is_forced(plan, situation):

@@ -100,6 +100,6 @@ class ShapeTimes:
 
     def prefill_s(self, num_tokens: int) -> float:
         """A prompt of `num_tokens` alone, in the engine's chunks."""
-        num_full, rest = divmod(num_tokens, MAX_STEP_TOKENS)
-        full_s = self.step_s(0, MAX_STEP_TOKENS, 0.0) if num_full else 0.0
+        num_full, rest = divmod(num_tokens, MAX_STEP_TOKENS * self._pipeline)
+        full_s = self.step_s(0, MAX_STEP_TOKENS * self._pipeline, 0.0) if num_full else 0.0
         return num_full * full_s + (self.step_s(0, rest, 0.0) if rest else 0.0)

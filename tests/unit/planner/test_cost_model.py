@@ -18,8 +18,8 @@ TOLERANCE = 0.15
 
 @pytest.fixture
 def make_costs(make_model, make_profile):
-    def make(memory_bytes=2000 * MB, arrivals_per_s=0.0, profile=None, max_batch=16, **model):
-        workload = Workload(arrivals_per_s=arrivals_per_s)
+    def make(memory_bytes=2000 * MB, arrivals_per_s=0.0, profile=None, max_batch=16, prompt_tokens=512.0, **model):
+        workload = Workload(arrivals_per_s=arrivals_per_s, prompt_tokens=prompt_tokens)
         return CostModel(make_model(**model), profile or make_profile(), memory_bytes, workload, max_batch)
 
     return make
@@ -52,9 +52,17 @@ def test_tensor_shards_pay_for_all_reduces(make_costs, make_profile):
     assert make_costs().decode_step_ms(1, 3, 1) > make_costs().decode_step_ms(1, 1, 1)
 
 
-def test_prefill_is_not_cheaper_with_more_micro_batches(make_costs):
+def test_chunks_of_a_prompt_follow_each_other_through_the_stages(make_costs):
     costs = make_costs()
-    assert costs.prefill_ms(1, 1) == pytest.approx(512 * 0.05 * 30 + 6.0)
+    # Two chunks of 256 tokens, each with a step's 6 ms of embedding and head.
+    assert costs.prefill_ms(1, 1) == pytest.approx(512 * 0.05 * 30 + 2 * 6.0)
+    # Four turns of a third of the layers each, instead of six: the second chunk is a stage behind the first.
+    assert costs.prefill_ms(3, 1) == pytest.approx(4 / 6 * costs.prefill_ms(1, 1), rel=0.1)
+    assert costs.prefill_ms(3, 1) > 4 / 6 * 512 * 0.05 * 30
+
+
+def test_short_prompts_are_not_cheaper_in_more_stages(make_costs):
+    costs = make_costs(prompt_tokens=64)
     assert costs.prefill_ms(3, 1) > costs.prefill_ms(1, 1)
 
 
@@ -129,14 +137,15 @@ def test_prompt_beside_decodes_adds_its_work_to_every_stage(make_costs):
     assert costs.step_ms(1, 1, num_decoding=4, prefill_tokens=64) == pytest.approx(alone_ms + 30 * (3.2 - 0.8))
     # In a pipeline it holds up the micro-batches behind it, all the way round.
     in_stages_ms = costs.step_ms(3, 1, num_decoding=12, prefill_tokens=512)
-    assert in_stages_ms > 512 * 0.05 * 30
+    assert in_stages_ms > 4 / 6 * 512 * 0.05 * 30
     assert in_stages_ms == pytest.approx(costs.step_ms(3, 1, num_decoding=0, prefill_tokens=512), rel=0.05)
 
 
 def test_prompts_of_one_round_overlap_in_the_stages(make_costs):
     costs = make_costs()
     one, two = (costs.step_ms(3, 1, num_decoding=12, prefill_tokens=512 * n) for n in (1, 2))
-    assert two == pytest.approx(one)
+    # Four chunks through three stages take six turns; two take four.
+    assert two == pytest.approx(6 / 4 * one, rel=0.1)
     one, two = (costs.step_ms(1, 1, num_decoding=12, prefill_tokens=512 * n) for n in (1, 2))
     assert two > 1.8 * one
 

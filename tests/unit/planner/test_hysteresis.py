@@ -70,3 +70,21 @@ def test_throughput_that_nobody_asks_for_is_worth_nothing_unless_it_is_the_objec
     assert is_worth(new, stay, MOVE, 0.5, 300.0, throughput_only=True)[0]
     # 1 request a second more for 1 s, against 2 s of 1 request a second.
     assert not is_worth(new, stay, MOVE, 0.5, 13.0, throughput_only=True)[0]
+
+
+def test_while_a_queue_waits_throughput_counts_and_not_time_in_service():
+    deeper = score(math.inf, throughput_per_s=1.5, service_s=60.0)
+    present = score(math.inf, throughput_per_s=1.0, service_s=20.0)
+    assert is_worth(deeper, present, FREE, 0.5, 60.0, num_waiting=100)[0]
+    assert not is_worth(present, deeper, FREE, 0.5, 60.0, num_waiting=100)[0]
+
+
+def test_a_queue_that_is_gone_soon_repays_little():
+    slow, fast = score(math.inf, throughput_per_s=1.0), score(math.inf, throughput_per_s=1.5)
+    # A queue of 2 at 1 request/s is gone after 2 s: 2 request-seconds, of which 2/3 s are saved.
+    assert is_worth(fast, slow, msgspec.structs.replace(FREE, pause_s=0.5, num_sequences=1.0), 0.0, 60, num_waiting=2)[
+        0
+    ]
+    assert not is_worth(
+        fast, slow, msgspec.structs.replace(FREE, pause_s=0.7, num_sequences=1.0), 0, 60, num_waiting=2
+    )[0]

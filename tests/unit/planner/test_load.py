@@ -1,3 +1,4 @@
+import msgspec
 import pytest
 
 from planner.core.load import Load
@@ -63,3 +64,32 @@ def test_peak_is_that_of_the_last_five_minutes():
     for at_s, arrivals_per_s in ((0.0, 5.0), (100.0, 2.0), (200.0, 3.0), (290.0, 1.0)):
         load.note(report("a", arrivals_per_s), at_s)
     assert [load.peak_per_s(at_s) for at_s in (300.0, 301.0, 501.0, 591.0)] == [5.0, 3.0, 1.0, 0.0]
+
+
+def test_a_queue_is_demand_and_worth_a_decision():
+    load = Load()
+    load.note(report("a", 0.0), 100.0)
+    load.note_decision(load.workload(2048, 100.0).demand_per_s, 100.0)
+    waiting = msgspec.structs.replace(report("a", 0.0), waiting=60)
+    load.note(waiting, 131.0)
+    workload = load.workload(2048, 131.0)
+    assert (workload.arrivals_per_s, workload.num_waiting, workload.demand_per_s) == (0.0, 60, 2.0)
+    assert load.change(workload.demand_per_s, 131.0) is not None
+
+
+@pytest.mark.parametrize(("arrivals_cv2", "expected_per_s"), [(0.0, 1.0), (1.0, 1.0), (31.0, 0.5)])
+def test_of_bursty_arrivals_30_s_say_little(arrivals_cv2, expected_per_s):
+    load = Load()
+    for now_s in range(3000):
+        load.note(msgspec.structs.replace(report("a", 0.0), arrivals_cv2=arrivals_cv2), float(now_s))
+    load.note(msgspec.structs.replace(report("a", 1.0), arrivals_cv2=arrivals_cv2), 3000.0)
+    workload = load.workload(2048, 3000.0)
+    assert workload.arrivals_cv2 == arrivals_cv2
+    assert workload.arrivals_per_s == pytest.approx(expected_per_s, abs=0.02)
+
+
+def test_bursts_that_are_split_between_gateways_add_up():
+    load = Load()
+    for gateway in "abc":
+        load.note(msgspec.structs.replace(report(gateway, 1.0), arrivals_cv2=3.0), 0.0)
+    assert load.workload(2048, 0.0).arrivals_cv2 == 7.0

@@ -93,7 +93,7 @@ def test_pipelines_of_unequal_shape_leave_no_rank_idle(make_situation):
 
 def test_an_odd_pipeline_joins_beside_those_that_serve(make_situation, make_rank):
     situation = make_situation(4, memory_mb=500, load_per_s=1.0)
-    first = make_plan(situation, NOW_S)
+    first = make_plan(change(situation, targets=Targets(pipeline=2)), NOW_S)
     assert shapes(first) == [(2, 1), (2, 1)]
     serving = serve(situation, first)
     more = {name: make_rank(name, memory_bytes=500_000_000) for name in ("j1-0", "j2-0", "j3-0")}
@@ -235,7 +235,7 @@ def test_every_plan_holds_what_plans_promise(
 
 def test_a_plan_that_hands_a_pipeline_on_twice_or_too_early_is_refused(make_situation):
     situation = make_situation(4, memory_mb=500)
-    serving = serve(situation, make_plan(situation, NOW_S))
+    serving = serve(situation, make_plan(change(situation, targets=Targets(pipeline=2)), NOW_S))
     lost = change(serving, ranks={name: rank for name, rank in serving.ranks.items() if name != "i3-0"})
     plan = make_plan(change(lost, targets=Targets(pipeline=3)), NOW_S)
     (ended,) = (r.pipeline.id for r in plan.retiring if not r.broken)
