@@ -95,8 +95,7 @@ class ManyStreams(msgspec.Struct, frozen=True, kw_only=True):
     kb_per_idle_stream: float
     slowest_share: float
     """Tokens of the slowest stream over those of the median one, in the same window."""
-    tokens_per_s: float
-    cpu_share: float
+    tokens: Throughput
 
 
 class Figures(msgspec.Struct, kw_only=True):
@@ -299,8 +298,9 @@ def measure_many(stack: GatewayStack, options: GatewayOptions) -> ManyStreams:
         errors=after.errors,
         kb_per_idle_stream=held_bytes / options.num_streams / 1000,
         slowest_share=min(texts) / max(1.0, statistics.median(texts)),
-        tokens_per_s=sum(texts) / seconds,
-        cpu_share=cpu_s / seconds,
+        tokens=Throughput(
+            per_cpu_s=sum(texts) / max(cpu_s, 1e-3), per_s=sum(texts) / seconds, cpu_share=cpu_s / seconds
+        ),
     )
 
 
@@ -421,6 +421,9 @@ def report(figures: Figures) -> Report:
         ("tokens, flat out", figures.flat_out_tokens, figures.litellm_flat_out_tokens, TOKENS_RATIO_TARGET),
         ("tokens, one a step", figures.tokens, figures.litellm_tokens, TOKENS_RATIO_TARGET),
     ]
+    if figures.many is not None:
+        name = f"tokens of {figures.many.num_streams} streams, one a step"
+        pairs.append((name, figures.many.tokens, figures.litellm_tokens, TOKENS_RATIO_TARGET))
     checks = [
         at_least(f"{name} per CPU second, of LiteLLM's", ours.per_cpu_s / theirs.per_cpu_s, "times", target)
         for name, ours, theirs, target in pairs
@@ -437,8 +440,8 @@ def report(figures: Figures) -> Report:
     if figures.many is not None:
         many = figures.many
         row = [f"{many.num_errors}", f"{many.kb_per_idle_stream:.0f}", f"{many.slowest_share:.2f}"]
-        row += [f"{many.tokens_per_s:.0f}", f"{many.cpu_share:.2f}"]
-        columns = ["errors", "KB per idle stream", "slowest / median", "tokens per s", "cores used"]
+        row += [f"{many.tokens.per_cpu_s:.0f}", f"{many.tokens.per_s:.0f}", f"{many.tokens.cpu_share:.2f}"]
+        columns = ["errors", "KB per idle stream", "slowest / median", "per CPU s", "tokens per s", "cores used"]
         tables.append(Table(f"{many.num_streams} streams at once", columns, [row]))
         checks.append(Check(name="errors of many streams", value=many.num_errors, unit="", target=0))
         checks.append(
