@@ -19,9 +19,10 @@ import torch
 from engine.backends.base import PipelineEvents, PrepareReport, RunningPipeline
 from engine.backends.tensorrt_llm import gpus, launch, pipeline, processes, shapes
 from engine.backends.tensorrt_llm.engine_process import EngineProcess
+from engine.backends.tensorrt_llm.leader import LeaderPart
 from engine.backends.tensorrt_llm.members import MemberGate
-from engine.backends.tensorrt_llm.pipeline import EngineParts, LeaderPart, MemberPart
-from engine.backends.tensorrt_llm.weight_store import SharedWeights, store_dir
+from engine.backends.tensorrt_llm.pipeline import EngineParts, MemberPart
+from engine.backends.tensorrt_llm.weight_store import SharedWeights, checkpoint_checksum, store_dir
 from engine.backends.torch.checkpoint import Checkpoint
 from engine.backends.torch.grammar import Grammars
 from engine.context.pull import UnitPuller
@@ -54,9 +55,8 @@ class TensorrtBackend:
         self._model = self._config.shape(
             settings.model, self._dtype.itemsize, settings.kv_block_tokens, settings.max_model_len
         )
-        owner = f"{settings.nats_url} {settings.instance}"
-        directory = store_dir(settings.store_dir, settings.model_dir, settings.dtype, owner)
-        self._store = SharedWeights(self._config, self._dtype, directory)
+        self._checksum = checkpoint_checksum(settings.model_dir)
+        self._store = SharedWeights(self._config, self._dtype, self._store_of(settings.instance))
         self._store.create(os.getppid())
         self._gate = MemberGate(settings.host)
         self._grammars = Grammars(
@@ -65,6 +65,11 @@ class TensorrtBackend:
         self._prepared: dict[str, EngineParts] = {}
         self._running: dict[str, LeaderPart | MemberPart] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def _store_of(self, instance: str) -> Path:
+        """Where an instance, which may be another node, keeps its weights."""
+        settings = self._settings
+        return store_dir(settings.store_dir, self._checksum, settings.dtype, f"{settings.nats_url} {instance}")
 
     @property
     def model(self) -> ModelShape:
@@ -98,7 +103,7 @@ class TensorrtBackend:
     async def prepare(self, position: Position, transfers: list[Transfer]) -> PrepareReport:
         self._loop = asyncio.get_running_loop()
         await self._gate.open()
-        spec = shapes.engine_spec(position, self._model, self._config, self._settings, self._store.directory)
+        spec = shapes.engine_spec(position, self._model, self._config, self._settings, self._store_of)
         if self._settings.rank_memory_bytes is None:
             shapes.check_fits(position, self._model, self.memory_bytes)
         process = None

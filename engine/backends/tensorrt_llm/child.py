@@ -14,20 +14,12 @@ import os
 import signal
 import sys
 import threading
-import time
-from pathlib import Path
 from typing import Any, Final
 
-from engine.backends.tensorrt_llm import gpus
-from engine.backends.tensorrt_llm.arguments import (
-    connector_arguments,
-    cuda_graph_arguments,
-    kv_cache_arguments,
-    llm_arguments,
-)
 from engine.backends.tensorrt_llm.cursor import Cursor
-from engine.backends.tensorrt_llm.sampling import needs_processor, sampling_arguments
-from engine.backends.tensorrt_llm.versions import INSTALL, check_version
+from engine.backends.tensorrt_llm.launch import MARK
+from engine.backends.tensorrt_llm.llm import build, import_package, sampling_params
+from engine.backends.tensorrt_llm.processes import kill_marked
 from engine.backends.tensorrt_llm.wire import (
     Abort,
     Batch,
@@ -37,14 +29,12 @@ from engine.backends.tensorrt_llm.wire import (
     EngineSpec,
     Failed,
     Generate,
-    Imported,
     Message,
     Shutdown,
     Tokens,
     encode,
     receive,
 )
-from engine.core.sampling import uniform
 from engine.errors import EngineUnavailable
 
 ABORT_WAIT_S: Final = 5.0
@@ -59,17 +49,14 @@ class Child:
         self._writer = writer
         self._loop = asyncio.get_running_loop()
         self._llm: Any = None
-        self._spec = EngineSpec(
-            model_dir="", dtype="", tensor=1, layers=[], gpus_per_node=0, max_batch=0, max_model_len=0,
-            max_num_tokens=0, block_tokens=0, num_kv_blocks=0,
-        )  # fmt: skip
+        self._spec: EngineSpec | None = None
         self._results: dict[int, Any] = {}
         self._readers: dict[int, asyncio.Task[None]] = {}
         self._news: list[Tokens] = []
 
     async def run(self) -> None:
         """Until the parent says so, or is gone."""
-        self._say(_import())
+        self._say(import_package())
         while (message := await receive(self._reader)) is not None:
             if isinstance(message, Build):
                 self._build(message.spec)
@@ -94,6 +81,7 @@ class Child:
     def _generate(self, request: Generate) -> None:
         from tensorrt_llm.llmapi import RequestError
 
+        assert self._spec is not None, "a request before there is an engine"
         try:
             result = self._llm.generate_async(
                 inputs=request.token_ids,
@@ -101,7 +89,7 @@ class Child:
                 streaming=True,
             )
         except (RequestError, ValueError, TypeError) as error:  # Of its arguments: of this request alone.
-            self._tell(Tokens(id=request.id, ended=True, error=_words(error)))
+            self._tell(Tokens(id=request.id, ended=True, error=in_words(error)))
             return
         self._results[request.id] = result
         self._readers[request.id] = asyncio.create_task(self._read(request, result))
@@ -126,12 +114,12 @@ class Child:
         except asyncio.CancelledError:
             finish_reason = "cancelled"
         except RequestError as caught:
-            error = _words(caught)
+            error = in_words(caught)
         except (AssertionError, ValueError) as caught:
             if num_top is None:
                 self._die(caught)
                 return
-            error = f"logprobs: {_words(caught)}"  # The lists do not agree; that is of this request alone.
+            error = f"logprobs: {in_words(caught)}"  # The lists do not agree; that is of this request alone.
         except Exception as caught:  # noqa: BLE001 - whatever it is, the engine is not to be trusted any more
             self._die(caught)
             return
@@ -163,7 +151,7 @@ class Child:
     def _die(self, error: Exception) -> None:
         if self._news:
             self._flush()
-        self._say(Failed(cause=_words(error)))
+        self._say(Failed(cause=in_words(error)))
 
     async def _shut_down(self) -> None:
         """In a thread of its own: it may hang for ever, and the parent kills us then."""
@@ -181,93 +169,7 @@ class Child:
         await self._writer.drain()
 
 
-def _import() -> Imported:
-    """Import TensorRT-LLM. Raises EngineUnavailable."""
-    started_s = time.perf_counter()
-    try:
-        import tensorrt_llm
-    except ImportError as error:
-        raise EngineUnavailable(f"TensorRT-LLM cannot be imported ({error}): {INSTALL}") from error
-    check_version(tensorrt_llm.__version__)
-    return Imported(
-        version=tensorrt_llm.__version__,
-        num_gpus=_num_gpus(),
-        import_s=time.perf_counter() - started_s,
-    )
-
-
-def _num_gpus() -> int:
-    """That may be used: as NVML says, else PyTorch."""
-    known = gpus.count()
-    if known is None:
-        import torch
-
-        return torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return min(known, len(visible.split(","))) if visible else known
-
-
-def build(spec: EngineSpec) -> tuple[Any, dict[str, float]]:
-    """A `tensorrt_llm.LLM` of this shape, and the seconds of each phase of its start."""
-    from tensorrt_llm import LLM
-    from tensorrt_llm.llmapi import CudaGraphConfig, KvCacheConfig
-
-    for note in Path(spec.store_dir).glob("loaded-*") if spec.store_dir else []:
-        note.unlink(missing_ok=True)
-    started_s = time.perf_counter()
-    graphs = cuda_graph_arguments(spec)
-    arguments = llm_arguments(spec)
-    arguments["kv_cache_config"] = KvCacheConfig(**kv_cache_arguments(spec))
-    arguments["cuda_graph_config"] = CudaGraphConfig(**graphs) if graphs is not None else None
-    if spec.store_dir:
-        from tensorrt_llm._torch.models.checkpoints.hf.checkpoint_loader import HfCheckpointLoader
-
-        from engine.backends.tensorrt_llm.weight_loader import StoreWeightLoader
-
-        arguments["checkpoint_loader"] = HfCheckpointLoader(weight_loader=StoreWeightLoader(spec))
-    if spec.kv_dir:
-        from tensorrt_llm.llmapi.llm_args import KvCacheConnectorConfig
-
-        from engine.backends.tensorrt_llm.kv_store import KV_VARIABLE, kv_environment
-
-        os.environ[KV_VARIABLE] = kv_environment(spec)
-        arguments["kv_connector_config"] = KvCacheConnectorConfig(**connector_arguments())
-    llm = LLM(**arguments)
-    total_s = time.perf_counter() - started_s
-    weights_s = _weights_s(spec)
-    return llm, {"weights_s": weights_s, "warm_up_s": max(0.0, total_s - weights_s)}
-
-
-def _weights_s(spec: EngineSpec) -> float:
-    """What the slowest rank here took to map the store; each leaves a note there."""
-    times = [0.0]
-    for note in Path(spec.store_dir).glob("loaded-*") if spec.store_dir else []:
-        with contextlib.suppress(OSError, ValueError):
-            times.append(float(note.read_text()))
-    return max(times)
-
-
-def sampling_params(spec: EngineSpec, request: Generate) -> Any:
-    """A new `tensorrt_llm.SamplingParams`: `generate_async` changes the one that it gets."""
-    from tensorrt_llm import SamplingParams
-
-    sampling = request.sampling
-    num_committed = len(request.token_ids) - request.num_prompt
-    seed = int(uniform(sampling.seed, request.choice, num_committed) * 2**53)
-    arguments = sampling_arguments(sampling, request.max_tokens, seed)
-    if needs_processor(sampling):
-        from engine.backends.tensorrt_llm.logits import RequestLogits, Vocabulary
-
-        vocabulary = Vocabulary(
-            str(Path(spec.model_dir) / "tokenizer.json"), spec.vocab_size, tuple(sampling.eos_token_ids)
-        )
-        arguments["logits_processor"] = RequestLogits(
-            request.id, sampling, request.num_prompt, request.choice, vocabulary
-        )
-    return SamplingParams(**arguments)
-
-
-def _words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
     """The error and what it was caused by, in one line."""
     parts: list[str] = []
     cause: BaseException | None = error
@@ -284,6 +186,7 @@ def _end_with_standard_input() -> None:
     def watch() -> None:
         while os.read(0, 1):
             pass
+        kill_marked(os.environ.get(MARK) or "none")  # Workers are in groups of their own where MPI starts them.
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
@@ -294,7 +197,7 @@ async def _main(socket_path: str) -> int:
     try:
         await Child(reader, writer).run()
     except Exception as error:  # noqa: BLE001 - the parent must hear of it, whatever it is
-        cause = str(error) if isinstance(error, EngineUnavailable) else _words(error)
+        cause = str(error) if isinstance(error, EngineUnavailable) else in_words(error)
         writer.write(encode(Failed(cause=cause)))
         await writer.drain()
         return 1

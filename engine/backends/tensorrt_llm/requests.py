@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -52,8 +53,12 @@ class _Run:
 class RequestTable:
     """Times must not go back."""
 
-    def __init__(self, pipeline: str, limits: TableLimits) -> None:
+    def __init__(
+        self, pipeline: str, limits: TableLimits, breach: Callable[[str, list[int]], str | None] = lambda *_: None
+    ) -> None:
         self.pipeline = pipeline
+        self._breach = breach
+        """Why ids are not a whole output of a grammar; None if they are."""
         self.limits = limits
         self.is_draining = False
         self.last_progress_s = -math.inf
@@ -307,6 +312,13 @@ class RequestTable:
         self._end(sequence, now_s, sequence.num_committed, has_ended=has_ended)
 
     def _end(self, sequence: Sequence, now_s: float, from_index: int, *, has_ended: bool = False) -> None:
+        sampling = sequence.request.sampling
+        ends_by_itself = sequence.finish is FinishReason.STOP and sequence.tokens[-1] in sampling.eos_token_ids
+        if ends_by_itself and sampling.grammar is not None:
+            # The engine's processors cannot tell that they gave up: they can only end.
+            breach = self._breach(sampling.grammar, sequence.tokens[len(sequence.request.prompt_ids) : -1])
+            if breach is not None:
+                sequence.finish, sequence.error = FinishReason.ERROR, f"sampling.grammar: {breach}"
         self._remove(sequence.key, has_ended=has_ended)
         sequence.ended_s = now_s
         self._ended[sequence.key] = sequence

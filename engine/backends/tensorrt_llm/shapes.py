@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.backends.tensorrt_llm.arguments import most_step_tokens
@@ -14,9 +15,13 @@ from planner.protocol import ModelShape
 
 
 def engine_spec(
-    position: Position, model: ModelShape, config: ModelConfig, settings: EngineSettings, store: Path
+    position: Position,
+    model: ModelShape,
+    config: ModelConfig,
+    settings: EngineSettings,
+    store_of: Callable[[str], Path],
 ) -> EngineSpec:
-    """Of the pipeline of `position`.
+    """Of the pipeline of `position`; `store_of` an instance.
 
     Raises:
         EngineUnavailable: its shape is none that TensorRT-LLM can take; says why.
@@ -41,10 +46,10 @@ def engine_spec(
         gpu_memory_fraction=settings.gpu_memory_fraction,
         cuda_graphs=settings.cuda_graphs,
         autotuner=settings.autotuner,
-        store_dir=str(store),
+        store_dirs=[str(store_of(shard.instance)) for shard in shards],
         vocab_size=config.vocab_size,
         ray=settings.multi_node == "ray" and len({shard.instance for shard in shards}) > 1,
-        kv_dir=str(store / "kv") if settings.kv_connector else "",
+        kv_dir=str(store_of(shards[0].instance) / "kv") if settings.kv_connector else "",
         kv_limit_bytes=settings.kv_store_bytes,
     )
 

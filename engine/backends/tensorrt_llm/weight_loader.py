@@ -35,15 +35,18 @@ class StoreWeightLoader(BaseWeightLoader):
         started_s = time.perf_counter()
         spec = self._spec
         config = Checkpoint(Path(checkpoint_dir)).config
-        store = SharedWeights(config, getattr(torch, spec.dtype), Path(spec.store_dir))
+        store = SharedWeights(config, getattr(torch, spec.dtype), self._directory(mapping))
         layers = _layers(config, spec, getattr(mapping, "pp_rank", None))
         missing = {(layer, group) for layer in layers for group in _groups(config, mapping)} - store.units()
         if missing:
             raise MissingUnit(sorted(missing))
         weights = {name: store.tensor(layer, name) for layer in layers for name in tensor_shapes(config, layer)}
-        note = Path(spec.store_dir) / f"loaded-{os.getpid()}"
+        note = store.directory / f"loaded-{os.getpid()}"
         note.write_text(str(time.perf_counter() - started_s))
         return weights
+
+    def _directory(self, mapping: Any) -> Path:
+        return Path(self._spec.store_dirs[getattr(mapping, "rank", 0)])
 
     def cleanup(self) -> None:
         """Nothing is held but the maps, which go with the tensors."""

@@ -108,11 +108,19 @@ def _whole(part: str, shapes: Mapping[str, tuple[int, ...]], tensor: str) -> Pla
     return Place(part, (0, shapes[part][0]), None, tensor, None, None)
 
 
-def store_dir(root: Path, model_dir: Path, dtype: str, owner: str) -> Path:
-    """The directory of one instance's weights: another model, or a checkpoint that was changed, has another one."""
-    facts = [str(model_dir.resolve()), dtype, owner]
-    facts += [f"{path.name} {path.stat().st_mtime_ns}" for path in sorted(model_dir.glob("*.json"))]
-    return root / f"{_PREFIX}{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:16]}"
+def checkpoint_checksum(model_dir: Path) -> str:
+    """The same for copies of a checkpoint on several nodes; another for another one, or one of other sizes."""
+    digest = hashlib.sha256((model_dir / "config.json").read_bytes())
+    for path in sorted(model_dir.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 16))  # Names, shapes and places of its tensors, and the first of them.
+    return digest.hexdigest()
+
+
+def store_dir(root: Path, checksum: str, dtype: str, owner: str) -> Path:
+    """The directory of one instance's weights."""
+    return root / f"{_PREFIX}{hashlib.sha256(f'{checksum} {dtype} {owner}'.encode()).hexdigest()[:16]}"
 
 
 class SharedWeights:

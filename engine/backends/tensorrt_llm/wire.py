@@ -38,8 +38,8 @@ class EngineSpec(Wire, frozen=True, kw_only=True):
     """Of what is free once the weights are in."""
     cuda_graphs: bool = True
     autotuner: bool = True
-    store_dir: str = ""
-    """Of the weight store; empty: the engine reads the model directory by itself."""
+    store_dirs: list[str] = []
+    """Weight store of each world rank, on its own node; empty: the engine reads the model directory by itself."""
     vocab_size: int = 0
     ray: bool = False
     """Ray starts the ranks, in place of MPI."""

@@ -229,3 +229,22 @@ def test_a_queue_that_is_full_says_so() -> None:
     replies = [requests.submit(request(str(number)), 0.0) for number in range(6)]
     assert [reply.accepted for reply in replies] == [True] * 5 + [False]
     assert replies[-1].reason is RejectReason.FULL
+
+
+def test_an_output_that_breaks_off_inside_its_grammar_is_an_error() -> None:
+    checked: list[list[int]] = []
+
+    def breach(grammar: str, ids: list[int]) -> str | None:
+        checked.append(ids)
+        return None if ids == [20, 21] else "not whole"
+
+    requests = RequestTable("p1", TableLimits(2, 64, 256, 300), breach)
+    for name, ids in (("whole", [20, 21, EOS]), ("broken", [20, EOS])):
+        message = begin(requests, name=name, grammar="start: /a/")
+        requests.heard(Tokens(id=message.id, ids=ids), 1.0)
+    assert checked == [[20, 21], [20]]
+    told = [requests.resend(name, 0, 0) for name in ("whole", "broken")]
+    assert [(e.finish, e.error) for e in told if e is not None] == [
+        (FinishReason.STOP, None),
+        (FinishReason.ERROR, "sampling.grammar: not whole"),
+    ]

@@ -36,6 +36,10 @@ def settings(model_dir: Path) -> EngineSettings:
     return EngineSettings.from_env({f"SPOTSERVE_ENGINE_{name}": value for name, value in environ.items()})
 
 
+def store_of(instance: str) -> Path:
+    return Path("/store") / instance
+
+
 def shape_of(config: ModelConfig) -> ModelShape:
     return config.shape("m", 2, 32, None)
 
@@ -63,22 +67,23 @@ def position(stages: list[list[str]], layers: int = 6) -> Position:
 
 def test_an_engine_is_made_of_its_pipeline(config: ModelConfig, settings: EngineSettings) -> None:
     stages = [[f"n-{stage * 3 + shard}" for shard in range(3)] for stage in range(2)]
-    spec = engine_spec(position(stages), shape_of(config), config, settings, Path("/store"))
+    spec = engine_spec(position(stages), shape_of(config), config, settings, store_of)
     assert (spec.tensor, spec.layers, spec.gpus_per_node, spec.max_batch) == (3, [3, 3], 6, 4)
     assert (spec.dtype, spec.block_tokens, spec.num_kv_blocks) == ("bfloat16", 32, 64)
+    assert spec.store_dirs == ["/store/n"] * 6
     assert spec.kv_dir == ""
 
 
 def test_a_degree_that_does_not_divide_the_heads_is_refused(config: ModelConfig, settings: EngineSettings) -> None:
     wrong = position([["n-0", "n-1"]])
     with pytest.raises(EngineUnavailable, match="tensor degree 2 does not divide the 3 KV heads"):
-        engine_spec(wrong, shape_of(config), config, settings, Path("/store"))
+        engine_spec(wrong, shape_of(config), config, settings, store_of)
 
 
 def test_stages_of_different_degrees_are_refused(config: ModelConfig, settings: EngineSettings) -> None:
     wrong = position([["n-0", "n-1", "n-2"], ["n-3"]])
     with pytest.raises(EngineUnavailable, match=r"its stages have \[1, 3\] shards"):
-        engine_spec(wrong, shape_of(config), config, settings, Path("/store"))
+        engine_spec(wrong, shape_of(config), config, settings, store_of)
 
 
 def test_a_model_that_does_not_fit_says_how_much_is_needed(config: ModelConfig) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from engine.backends.tensorrt_llm.weight_store import SharedWeights, store_dir, tensor_shapes
+from engine.backends.tensorrt_llm.weight_store import SharedWeights, checkpoint_checksum, store_dir, tensor_shapes
 from engine.backends.torch.checkpoint import Checkpoint
 from engine.backends.torch.units import unit_to_bytes
 from engine.errors import CorruptUnit, EngineUnavailable, MissingUnit
@@ -81,10 +82,10 @@ def test_a_unit_of_a_wrong_size_is_not_held(store: SharedWeights) -> None:
 
 
 def test_a_store_whose_owner_is_gone_is_removed(store: SharedWeights, model_dir: Path, tmp_path: Path) -> None:
-    left = store_dir(tmp_path, model_dir, "float32", "an instance")
+    left = store_dir(tmp_path, checkpoint_checksum(model_dir), "float32", "an instance")
     SharedWeights(store.config, torch.float32, left).create(2**22 + 1)  # No process has so high a number.
     assert left.exists()
-    kept = store_dir(tmp_path, model_dir, "float32", "another instance")
+    kept = store_dir(tmp_path, checkpoint_checksum(model_dir), "float32", "another instance")
     SharedWeights(store.config, torch.float32, kept).create(1)
     assert not left.exists()
     assert kept.exists()
@@ -95,12 +96,15 @@ def test_weights_that_do_not_fit_are_refused_with_what_to_do(store: SharedWeight
         store.check_room(1 << 60)
 
 
-def test_a_checkpoint_that_was_changed_has_another_store(model_dir: Path, tmp_path: Path) -> None:
+def test_stores_of_other_checkpoints_dtypes_and_instances_are_others(model_dir: Path, tmp_path: Path) -> None:
+    other = make_tiny_model(tmp_path / "other", layers=2, seed=1)
     names = {
-        store_dir(tmp_path, model_dir, "float32", "a"),
-        store_dir(tmp_path, model_dir, "bfloat16", "a"),
-        store_dir(tmp_path, model_dir, "float32", "b"),
+        store_dir(tmp_path, checkpoint_checksum(directory), dtype, owner)
+        for directory, dtype, owner in itertools.product([model_dir, other], ["float32", "bfloat16"], ["a", "b"])
     }
-    (model_dir / "generation_config.json").write_text("{}")
-    names.add(store_dir(tmp_path, model_dir, "float32", "a"))
-    assert len(names) == 4
+    assert len(names) == 8
+
+
+def test_copies_of_a_checkpoint_on_several_nodes_have_one_checksum(model_dir: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(model_dir, tmp_path / "copy")
+    assert checkpoint_checksum(copy) == checkpoint_checksum(model_dir)
