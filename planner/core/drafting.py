@@ -63,11 +63,13 @@ def draft(situation: Situation, fit: Fit, layout: Layout) -> Draft:
 def pauses(situation: Situation, fit: Fit, layouts: Iterable[Layout]) -> dict[Layout, float]:
     """How long the pipelines that each of `layouts` stops would stand still, as `draft` says in `Draft.move`."""
     links = situation.find_links()
-    kv_s = {p.id: kv_migration_s(situation.model, p, situation.ranks, links) for p in fit.present}
+    pause_s = {
+        p.id: kv_migration_s(situation.model, p, situation.ranks, links) + _rebuild_s(situation, p) for p in fit.present
+    }
     found = {}
     for layout in layouts:
         kept = {pipeline.id for pipeline in _kept(fit, layout)}
-        found[layout] = max((kv_s[p.id] for p in fit.present if p.id not in kept), default=0.0)
+        found[layout] = max((pause_s[p.id] for p in fit.present if p.id not in kept), default=0.0)
     return found
 
 
@@ -152,15 +154,19 @@ def _stages(positions: Sequence[Position], ranks: Sequence[Rank], num_slots: int
     return stages
 
 
+def _rebuild_s(situation: Situation, pipeline: Pipeline) -> float:
+    """An engine that owns its ranks is built anew on their devices, once the old one is gone."""
+    ranks = [situation.ranks[name] for name in pipeline.ranks() if name in situation.ranks]
+    return max((rank.inventory.rebuild_s for rank in ranks), default=0.0)
+
+
 def _move(situation: Situation, fit: Fit, kept: list[Pipeline], migration: Migration) -> Move:
     kept_ids = {pipeline.id for pipeline in kept}
     stopped = [pipeline for pipeline in fit.present if pipeline.id not in kept_ids]
     throughput = {p.id: fit.costs.throughput_per_s(*shape_of(p)) for p in fit.present}
     mean_tokens = situation.workload.prompt_tokens + situation.workload.output_tokens / 2
-    # An engine that owns its ranks is built anew on the same devices, once the old one is gone.
-    rebuild_s = max((rank.inventory.rebuild_s for rank in situation.ranks.values()), default=0.0) if stopped else 0.0
     return Move(
-        pause_s=max((migration.kv_seconds.get(p.id, 0.0) for p in stopped), default=0.0) + rebuild_s,
+        pause_s=max((migration.kv_seconds.get(p.id, 0.0) + _rebuild_s(situation, p) for p in stopped), default=0.0),
         prepare_s=migration.seconds,
         bytes_moved=migration.moved_bytes,
         num_sequences=sum(situation.kv_tokens(p) for p in stopped) / max(1.0, mean_tokens),

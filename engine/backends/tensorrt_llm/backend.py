@@ -64,6 +64,8 @@ class TensorrtBackend:
         )
         self._prepared: dict[str, EngineParts] = {}
         self._running: dict[str, LeaderPart | MemberPart] = {}
+        self._stop_s = 0.0
+        """What it took to end the last engine: the next one has to wait for it."""
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def _store_of(self, instance: str) -> Path:
@@ -114,7 +116,7 @@ class TensorrtBackend:
             if starting is not None:
                 process = await starting
                 report = replace(report, regroup_s=sum(process.phases_s.values()))
-                process.phases_s.clear()
+                process.phases_s.clear()  # They pass while the old engine serves.
         except BaseException:
             if starting is not None:
                 starting.cancel()
@@ -175,6 +177,8 @@ class TensorrtBackend:
     def start(self, pipeline_id: str, events: PipelineEvents) -> RunningPipeline:
         parts = self._prepared.pop(pipeline_id)
         part: LeaderPart | MemberPart
+        if parts.process is not None:
+            parts.process.phases_s["stop_s"] = self._stop_s
         if parts.position.leads:
             part = LeaderPart(parts, events, self._settings, self._gate, self._grammars)
         else:
@@ -187,7 +191,9 @@ class TensorrtBackend:
         """Nothing: what the instance's memory has of the model is what the next engine starts from."""
 
     def ended(self, pipeline_id: str, num_parked: int) -> None:
-        self._running.pop(pipeline_id, None)
+        part = self._running.pop(pipeline_id, None)
+        if isinstance(part, LeaderPart):
+            self._stop_s = part.stop_s
 
     def export_unit(self, layer: int, group: int) -> bytes:
         return self._store.export_unit(layer, group)

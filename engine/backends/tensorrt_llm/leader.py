@@ -58,6 +58,8 @@ class LeaderPart(Part):
         """The requests of the last batch of tokens, and when it came."""
         self._arrange: tuple[float | None, float] | None = None
         self._is_ready = False
+        self.stop_s = 0.0
+        """What it took to end the engine and have its GPUs free."""
 
     # --- called by the rank -----------------------------------------------------------------------------------
 
@@ -160,14 +162,14 @@ class LeaderPart(Part):
 
     async def _start_engine(self, process: EngineProcess) -> list[int]:
         """Wait for the members and for free devices, and build; the processes that hold the GPUs then."""
-        started_s = time.perf_counter()
         others = set(self.parts.position.pipeline.ranks()) - {self.parts.rank}
         await self._gate.wait_for(self.id, others, self._end)
         devices = self._own_devices()
+        started_s = time.perf_counter()
         busy = await self._wait_for_gpu(devices)
         if busy is not None:
             raise EngineUnavailable(f"{busy}: an engine that ended has not given it back")
-        process.phases_s["wait_s"] = time.perf_counter() - started_s
+        process.phases_s["gpu_wait_s"] = time.perf_counter() - started_s
         await process.build(Build(spec=self.parts.spec), self._settings.engine_start_timeout_s)
         logger.info("pipeline=%s event=engine_built phases=%s", self.id, rounded(process.phases_s))
         states = await asyncio.to_thread(gpus.states, devices)
@@ -242,11 +244,12 @@ class LeaderPart(Part):
         if cause:
             await process.kill()
         busy = await self._wait_for_gpu(self._own_devices())
+        self.stop_s = time.perf_counter() - started_s
         logger.info(
             "pipeline=%s event=engine_stopped clean=%s took_s=%.3f still_busy=%s",
             self.id,
             is_clean,
-            time.perf_counter() - started_s,
+            self.stop_s,
             busy,
         )
 

@@ -74,3 +74,26 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: str) -> None:
 def test_the_choices_are_said() -> None:
     with pytest.raises(SettingError, match="float32, bfloat16, float16"):
         EngineSettings.from_env({**REQUIRED, PREFIX + "DTYPE": "int4"})
+
+
+def test_the_tensorrt_backend_has_defaults_of_its_own_which_variables_override() -> None:
+    settings = EngineSettings.from_env({**REQUIRED, PREFIX + "BACKEND": "tensorrt_llm"})
+    assert (settings.dtype, settings.device, settings.kv_block_tokens) == ("bfloat16", "cuda", 32)
+    given = {PREFIX + "BACKEND": "tensorrt_llm", PREFIX + "KV_BLOCK_TOKENS": "64", PREFIX + "CUDA_GRAPHS": "false"}
+    settings = EngineSettings.from_env({**REQUIRED, **given})
+    assert (settings.kv_block_tokens, settings.cuda_graphs) == (64, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("BACKEND", "vllm", "one of torch, tensorrt_llm"),
+        ("PROGRESS_TIMEOUT_S", "0", "must be above 0"),
+        ("SHUTDOWN_TIMEOUT_S", "-1", "must be at least 0"),
+        ("GPU_MEMORY_FRACTION", "1.0", "above 0 and below 1"),
+        ("MAX_NUM_TOKENS", "0", "must be at least 1"),
+    ],
+)
+def test_settings_of_the_tensorrt_backend_are_checked(name: str, value: str, problem: str) -> None:
+    with pytest.raises(SettingError, match=f"{PREFIX}{name}.*{problem}"):
+        EngineSettings.from_env({**REQUIRED, PREFIX + name: value})

@@ -126,6 +126,21 @@ def test_a_change_waits_for_calm(make_situation, sharding):
     assert all(a.pause_s == chosen.pause_s for a in rejected[1:]), "all others stop all pipelines"
 
 
+def test_engines_that_must_be_built_anew_make_a_change_dearer(make_situation, sharding):
+    situation = make_situation(3, profile=sharding, load_per_s=0.3, targets=Targets(tensor=1, pipeline=1))
+    serving = serve(situation, make_plan(situation, NOW_S), kv_tokens=1000)
+    ranks = {
+        name: msgspec.structs.replace(rank, inventory=msgspec.structs.replace(rank.inventory, rebuild_s=60.0))
+        for name, rank in serving.ranks.items()
+    }
+    free = change(serving, targets=Targets(), ranks=ranks)
+    assert make_plan(change(free, expected_calm_s=90.0), NOW_S) is None
+    assert make_plan(change(serving, targets=Targets(), expected_calm_s=90.0), NOW_S) is not None
+    plan = make_plan(change(free, expected_calm_s=36000.0), NOW_S)
+    assert shapes(plan) == [(1, 3)]
+    assert plan.explanation.alternatives[0].pause_s > 60.0
+
+
 def test_ranks_stay_idle_where_a_slow_pipeline_would_not_help(make_situation, make_model, sharding):
     situation = make_situation(3, profile=sharding, model=make_model(num_head_groups=2), load_per_s=0.01)
     plan = make_plan(situation, NOW_S)
