@@ -1,7 +1,9 @@
 """How far the fleet has come with the current plan, and when retiring pipelines are told to stop.
 
 A retiring pipeline is arranged when all new pipelines are prepared; at once if no new pipeline waits for its ranks and
-it has a deadline (its leader then runs as long as that allows); and in any case in time before its deadline.
+it has a deadline (its leader then runs as long as that allows); and in any case in time before its deadline. One that
+prepared pipelines wait for together with other ranks stops at the next token boundary, whatever its deadline: the other
+ranks, and the sequences that were on them, would stand still until then.
 """
 
 from __future__ import annotations
@@ -31,15 +33,31 @@ class Retirement(msgspec.Struct, kw_only=True):
     shares_ranks: bool
     """New pipelines need ranks of it."""
     migration_s: float
+    holds_up_others: bool = False
+    """New pipelines need ranks of it together with others."""
+    is_waited_for: bool = False
+    """They are prepared."""
     num_sent: int = 0
     sent_at_s: float = 0.0
     """The last time."""
     stops_at_s: float = math.inf
     """When it stops by what it has been told; infinite if nobody has told it to."""
 
+    @property
+    def deadline_s(self) -> float | None:
+        """What its leader is told; None: stop at the next token boundary."""
+        return None if self.is_waited_for else self.retiring.deadline_s
+
+    def note_prepared(self) -> None:
+        """All new pipelines are. What it was told before does not hold any more if they wait for it."""
+        if self.holds_up_others and not self.is_waited_for:
+            self.is_waited_for = True
+            if self.retiring.deadline_s is not None:
+                self.num_sent = 0
+
     def arrange_at_s(self, is_prepared: bool, now_s: float) -> float:
         """When the next Arrange for it is due; infinite if it waits for the ranks of the new pipelines."""
-        deadline_s = self.retiring.deadline_s
+        deadline_s = self.deadline_s
         if self.num_sent >= MAX_SENDS:
             return math.inf
         if self.num_sent:
@@ -53,7 +71,7 @@ class Retirement(msgspec.Struct, kw_only=True):
         """An Arrange goes out. One without deadline has stopped it for good, whatever is said later."""
         self.num_sent += 1
         self.sent_at_s = now_s
-        deadline_s = self.retiring.deadline_s
+        deadline_s = self.deadline_s
         if self.stops_at_s != -math.inf:
             self.stops_at_s = -math.inf if deadline_s is None else deadline_s - self.migration_s
 
@@ -84,16 +102,17 @@ class Rollout:
     def adopt(self, plan: Plan, migration_s: Mapping[str, float], now_s: float, *, is_restored: bool = False) -> None:
         """Follow `plan` from now on. `migration_s` by retiring pipeline; `is_restored`: an earlier planner's plan."""
         before, self.retirements = self.retirements, {}
-        needed = {rank for pipeline in plan.pipelines for rank in pipeline.ranks()}
+        needed = [frozenset(pipeline.ranks()) for pipeline in plan.pipelines]
         for retiring in plan.retiring:
-            deadline_s = retiring.deadline_s
+            ranks, deadline_s = frozenset(retiring.pipeline.ranks()), retiring.deadline_s
             # It was arranged before its deadline, by this planner or the one before.
             has_ended = is_restored and deadline_s is not None and deadline_s < now_s
             if retiring.broken or has_ended:
                 continue
             retirement = Retirement(
                 retiring=retiring,
-                shares_ranks=not needed.isdisjoint(retiring.pipeline.ranks()),
+                shares_ranks=any(not ranks.isdisjoint(new) for new in needed),
+                holds_up_others=any(not ranks.isdisjoint(new) and not new <= ranks for new in needed),
                 migration_s=migration_s.get(retiring.pipeline.id, 0.0),
             )
             if is_restored:
@@ -253,8 +272,10 @@ class Rollout:
         due: dict[float | None, list[Retirement]] = defaultdict(list)
         is_prepared = self.is_all_prepared
         for retirement in self.retirements.values():
+            if is_prepared:
+                retirement.note_prepared()
             if retirement.arrange_at_s(is_prepared, now_s) <= now_s:
-                due[retirement.retiring.deadline_s].append(retirement)
+                due[retirement.deadline_s].append(retirement)
                 retirement.note_told(now_s)
         return [
             Arrange(

@@ -133,3 +133,31 @@ def test_preparation_that_stands_still_is_reported_once(rollout, model):
     assert rollout.next_wakeup_s(99.0, 20.0) == math.inf
     rollout.hear("b", "p1", Phase.PREPARED, 1)
     assert rollout.settled() == {"p1"}
+
+
+def prepare_all(rollout, epoch, pipeline):
+    for rank in pipeline.ranks():
+        rollout.note_progress(
+            RankProgress(rank=rank, epoch=epoch, pipeline=pipeline.id, phase=Phase.PREPARED, at_s=float(epoch)), epoch
+        )
+
+
+def test_pipelines_that_one_new_pipeline_waits_for_stop_together(model):
+    rollout = Followed()
+    old, under_notice, new = build_pipeline("p1", "a"), build_pipeline("p2", "b", "x"), build_pipeline("p3", "a", "b")
+    rollout.follow(model, 1, [old, under_notice])
+    rollout.follow(model, 2, [new], [retire(old), retire(under_notice, deadline_s=30.0)])
+    assert rollout.due_arranges(2.0) == []
+    prepare_all(rollout, 2, new)
+    (arrange,) = rollout.due_arranges(3.0)
+    assert (arrange.pipelines, arrange.deadline_s) == (["p1", "p2"], None)
+
+
+def test_a_pipeline_that_holds_up_nobody_else_serves_to_its_deadline(model):
+    rollout = Followed()
+    under_notice, new = build_pipeline("p1", "a", "x"), build_pipeline("p2", "a")
+    rollout.follow(model, 1, [under_notice])
+    rollout.follow(model, 2, [new], [retire(under_notice, deadline_s=30.0)])
+    prepare_all(rollout, 2, new)
+    (arrange,) = rollout.due_arranges(3.0)
+    assert arrange.deadline_s == 30.0
