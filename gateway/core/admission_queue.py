@@ -50,7 +50,6 @@ class _Request(msgspec.Struct):
     """What the choices of one request share: they come together, and are shed together."""
 
     tenant: Tenant
-    num_choices: int
     started: bool = False
     """One of them has left the queue."""
 
@@ -163,7 +162,7 @@ class AdmissionQueue:
         shed = self._make_room(len(items), tenant)
         if shed is None:
             return Admission(False)
-        request = _Request(tenant, len(items))
+        request = _Request(tenant)
         for item in items:
             waiting = _Waiting(item, request, priority, self._next_number, now_s, deadline_s, cost_tokens)
             self._next_number += 1
@@ -265,7 +264,9 @@ class AdmissionQueue:
             request = waiting.request
             if request.started or any(request is other.request for other in shed):
                 continue
-            num_left, room = num_left - request.num_choices, room + request.num_choices
+            # Some of its choices may have ended before they began.
+            num_waiting = sum(other.request is request for other in victim.by_arrival)
+            num_left, room = num_left - num_waiting, room + num_waiting
             if victim.tenant.id == tenant.id or num_left < num_own + num_items:
                 return None
             shed.append(waiting)

@@ -15,7 +15,7 @@ from engine.errors import EngineError, ProtocolError
 from engine.protocol import KvHolder, KvSource, PullRequest
 from engine.settings import EngineSettings
 from planner.protocol import RankAddress, Transfer, UnitRange
-from tests.contract.fleet import Fleet, request, until
+from tests.contract.fleet import Fleet, MakeBackend, request, until
 from tests.tiny_model import make_tiny_model
 
 PROMPT = [5, 17, 40, 99, 120]
@@ -39,7 +39,7 @@ def fleet(model_dir: Path) -> Fleet:
         )
         return TorchBackend(settings, rank)
 
-    return Fleet(make)
+    return Fleet(MakeBackend("torch", make))
 
 
 def units_of(layer: int) -> UnitRange:
