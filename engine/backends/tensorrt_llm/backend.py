@@ -59,6 +59,7 @@ class TensorrtBackend:
         self._store = SharedWeights(self._config, self._dtype, self._store_of(settings.instance))
         self._store.create(os.getppid())
         self._gate = MemberGate(settings.host)
+        self._memory_bytes = settings.rank_memory_bytes
         self._grammars = Grammars(
             Path(settings.model_dir) / "tokenizer.json", self._config.vocab_size, self._config.eos_token_ids
         )
@@ -79,15 +80,16 @@ class TensorrtBackend:
 
     @property
     def memory_bytes(self) -> int:
-        if self._settings.rank_memory_bytes is not None:
-            return self._settings.rank_memory_bytes
+        if self._memory_bytes is not None:
+            return self._memory_bytes
         states = gpus.states(gpus.names([self._device], os.environ))
         if not states:
             raise EngineUnavailable(
                 f"the memory of GPU {self._device} is not known: install nvidia-ml-py and check the driver "
                 "(nvidia-smi), or set SPOTSERVE_ENGINE_RANK_MEMORY_BYTES"
             )
-        return states[0].total_bytes * 9 // 10
+        self._memory_bytes = states[0].total_bytes * 9 // 10
+        return self._memory_bytes
 
     @property
     def store_address(self) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 logger = logging.getLogger(__name__)
@@ -77,15 +77,21 @@ def states(devices: Sequence[str]) -> list[GpuState] | None:
         return found
 
 
-async def wait_until_free(devices: Sequence[str], timeout_s: float) -> str | None:
-    """Wait until nobody uses these GPUs. Who does after `timeout_s`, in words; None if they are free, or not known."""
+async def wait_until_free(
+    devices: Sequence[str], timeout_s: float, counts: Callable[[int], bool] = lambda _: True
+) -> str | None:
+    """Wait until nothing of note is left on these GPUs. What is after `timeout_s`, in words; None if they are free.
+
+    What counts is much memory in use, by whomever, and processes that `counts` names: others may have a small context
+    there, such as a monitor, or an engine's process that has only imported its package.
+    """
     deadline_s = time.monotonic() + timeout_s
     while True:
         known = await asyncio.to_thread(states, devices)
         busy = [
             f"GPU {name}: {gpu.used_bytes >> 20} MiB of {gpu.total_bytes >> 20} in use, by {sorted(gpu.pids) or '?'}"
             for name, gpu in zip(devices, known or [], strict=False)
-            if gpu.pids or gpu.used_bytes > FREE_BELOW * gpu.total_bytes
+            if gpu.used_bytes > FREE_BELOW * gpu.total_bytes or any(map(counts, gpu.pids))
         ]
         if not busy:
             return None

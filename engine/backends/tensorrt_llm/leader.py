@@ -14,7 +14,7 @@ from engine.backends.tensorrt_llm import gpus
 from engine.backends.tensorrt_llm.engine_process import EngineProcess
 from engine.backends.tensorrt_llm.members import MemberGate
 from engine.backends.tensorrt_llm.pipeline import EngineParts, Part
-from engine.backends.tensorrt_llm.processes import is_alive
+from engine.backends.tensorrt_llm.processes import is_alive, pipeline_of
 from engine.backends.tensorrt_llm.requests import RequestTable, TableLimits
 from engine.backends.tensorrt_llm.wire import Batch, Build, Failed, Over, Ready, Tokens
 from engine.backends.torch.grammar import Grammars
@@ -166,14 +166,12 @@ class LeaderPart(Part):
         await self._gate.wait_for(self.id, others, self._end)
         devices = self._own_devices()
         started_s = time.perf_counter()
-        busy = await self._wait_for_gpu(devices)
-        if busy is not None:
-            raise EngineUnavailable(f"{busy}: an engine that ended has not given it back")
+        await self._wait_before(devices)
         process.phases_s["gpu_wait_s"] = time.perf_counter() - started_s
         await process.build(Build(spec=self.parts.spec), self._settings.engine_start_timeout_s)
         logger.info("pipeline=%s event=engine_built phases=%s", self.id, rounded(process.phases_s))
         states = await asyncio.to_thread(gpus.states, devices)
-        return sorted({pid for state in states or [] for pid in state.pids if is_alive(pid)})
+        return sorted({pid for state in states or [] for pid in state.pids if pipeline_of(pid) == self.id})
 
     def _own_devices(self) -> list[str]:
         """GPUs of this instance that the pipeline uses."""
@@ -243,7 +241,7 @@ class LeaderPart(Part):
         is_clean = await process.stop(self._settings.shutdown_timeout_s) if not cause else False
         if cause:
             await process.kill()
-        busy = await self._wait_for_gpu(self._own_devices())
+        busy = await self._wait_after(self._own_devices())
         self.stop_s = time.perf_counter() - started_s
         logger.info(
             "pipeline=%s event=engine_stopped clean=%s took_s=%.3f still_busy=%s",

@@ -16,6 +16,7 @@ from engine.backends.base import PipelineEvents
 from engine.backends.tensorrt_llm import gpus
 from engine.backends.tensorrt_llm.engine_process import EngineProcess
 from engine.backends.tensorrt_llm.members import LeaderLink
+from engine.backends.tensorrt_llm.processes import pipeline_of
 from engine.backends.tensorrt_llm.wire import EngineSpec, Over, Ready
 from engine.core.roles import Position
 from engine.errors import EngineUnavailable, PipelineBroken
@@ -89,8 +90,19 @@ class Part:
     async def _run(self) -> str:
         raise NotImplementedError
 
-    async def _wait_for_gpu(self, devices: list[str]) -> str | None:
-        return await gpus.wait_until_free(devices, self._settings.gpu_free_timeout_s)
+    async def _wait_before(self, devices: list[str]) -> None:
+        """Raises EngineUnavailable if an engine that ended has not given them back; our own process may be there."""
+        busy = await gpus.wait_until_free(
+            devices, self._settings.gpu_free_timeout_s, lambda pid: pipeline_of(pid) not in (None, self.id)
+        )
+        if busy is not None:
+            raise EngineUnavailable(f"{busy}: an engine that ended has not given it back")
+
+    async def _wait_after(self, devices: list[str]) -> str | None:
+        """Until ours is gone; the next one may have come already."""
+        return await gpus.wait_until_free(
+            devices, self._settings.gpu_free_timeout_s, lambda pid: pipeline_of(pid) == self.id
+        )
 
 
 class MemberPart(Part):
@@ -99,9 +111,7 @@ class MemberPart(Part):
     async def _run(self) -> str:
         position = self.parts.position
         device = gpus.names([self.parts.device], os.environ)
-        busy = await self._wait_for_gpu(device)
-        if busy is not None:
-            raise EngineUnavailable(f"{busy}: an engine that ended has not given it back")
+        await self._wait_before(device)
         address = position.addresses[position.pipeline.leader].store_address
         try:
             link = await LeaderLink.join(address, self.id, self.parts.rank)
@@ -113,7 +123,7 @@ class MemberPart(Part):
         finally:
             hearing.cancel()
             link.close()
-        await self._wait_for_gpu(device)
+        await self._wait_after(device)
         return cause
 
     async def _hear(self, link: LeaderLink) -> None:

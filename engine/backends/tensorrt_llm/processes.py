@@ -21,6 +21,15 @@ def marked(mark: str) -> set[int]:
     return found - {os.getpid()}
 
 
+def pipeline_of(pid: int) -> str | None:
+    """The pipeline whose engine a process belongs to; None if it is none of ours, or cannot be seen from here."""
+    with contextlib.suppress(OSError):
+        for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if variable.startswith(f"{MARK}=".encode()):
+                return variable.decode().partition(":")[2]
+    return None
+
+
 def kill_group(pid: int) -> None:
     """SIGKILL to the process group that `pid` leads."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
