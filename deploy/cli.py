@@ -19,6 +19,7 @@ from deploy.bus import Command
 from deploy.chat import Conversation, open_client
 from deploy.client import RequestCounts, fetch_requests, fetch_status, send_command
 from deploy.default_model import DEFAULT_MODEL, cache_dir
+from deploy.doctor import examine, wants_model
 from deploy.errors import CommandError, DeployError
 from deploy.keys_cli import keys_app
 from deploy.local import serve
@@ -173,6 +174,29 @@ def up(
         restart_delay_s=restart_delay_s(os.environ),
     )
     serve(settings, os.environ, _say)
+
+
+@app.command(
+    epilog=_example(
+        "spotserve doctor --backend tensorrt_llm", "spotserve doctor --backend tensorrt_llm --json report.json"
+    )
+)
+def doctor(
+    backend: Annotated[str, typer.Option(help="torch or tensorrt_llm.")] = "torch",
+    model: Annotated[
+        str | None,
+        typer.Option(help="A small model to try it with.", show_default=f"tensorrt_llm with GPUs: {DEFAULT_MODEL}"),
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--json", help="Write a report there, for programs.")] = None,
+) -> None:
+    """Whether a backend would work on this machine: versions, drivers, and how its engine behaves.
+
+    One line a finding: ok, differs (it works, but not as expected), missing, failed or skipped. Exit code 0: all is
+    well, 1: something is missing or failed, 3: something differs.
+    """
+    name = DEFAULT_MODEL if model is None and wants_model(backend) else model
+    model_dir = resolve_model(name, cache_dir(os.environ), _say) if name is not None else None
+    raise typer.Exit(examine(backend, model_dir, report))
 
 
 @app.command(epilog=_example("spotserve status", "spotserve status --json"))

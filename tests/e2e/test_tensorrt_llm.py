@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from trtllm_double.control import control
 
+from engine.backends.tensorrt_llm.processes import is_alive
 from tests.e2e.stack import Prompt, Session, Stack, Traffic
 from tests.tiny_model import make_tiny_model
 
@@ -65,7 +66,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         stack.stop()
         pids = [pid for entry in control.journal("ready") for pid in entry["workers"]]
         assert pids
-        assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()], "workers are left behind"
+        assert not [pid for pid in pids if is_alive(pid)], "workers are left behind"
 
 
 @pytest.fixture

@@ -18,7 +18,10 @@ Launcher = Literal["mpi", "ray"]
 
 def mark_of(nats_url: str, rank: str, pipeline: str = "") -> str:
     """Unique to the rank on this machine; with `pipeline` to one of its engines, which begins with the former."""
-    return f"{hashlib.sha256(f'{nats_url} {rank}'.encode()).hexdigest()[:16]}:{pipeline}"
+    owner = f"{hashlib.sha256(f'{nats_url} {rank}'.encode()).hexdigest()[:16]}:"
+    return (
+        f"{owner}{pipeline};" if pipeline else owner
+    )  # The end counts: the mark of 1.1 is not how that of 1.10 begins.
 
 
 def command(launcher: Launcher, hosts: Sequence[str], socket_path: str) -> list[str]:

@@ -118,5 +118,6 @@ def test_the_child_sees_the_gpus_of_its_ranks_in_their_order_and_no_leftovers_of
 def test_marks_tell_ranks_and_their_engines_apart() -> None:
     rank = launch.mark_of("nats://a", "n-0")
     assert launch.mark_of("nats://a", "n-0", "p1").startswith(rank)
+    assert not launch.mark_of("nats://a", "n-0", "1.10").startswith(launch.mark_of("nats://a", "n-0", "1.1"))
     assert launch.mark_of("nats://b", "n-0") != rank
     assert launch.mark_of("nats://a", "n-1") != rank
