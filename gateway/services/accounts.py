@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from engine.protocol import ResumeStats
+from gateway.core.arrival_statistics import ArrivalStatistics
 from gateway.core.keys import Principal
 from gateway.core.rate_limits import RateLimits
 from gateway.core.service_times import ServiceTimes
@@ -35,12 +36,14 @@ class Accounts:
         self.service_times = ServiceTimes()
         self._gateway = gateway
         self._arrivals: deque[tuple[float, int]] = deque()
+        self._statistics = ArrivalStatistics()
         self._outputs: deque[tuple[float, int]] = deque()
         self._num_prompt = self._num_output = self._num_cached = 0
 
     def admitted(self, prompt_tokens: int, now_s: float) -> Times:
         """A choice has come in."""
         self._arrivals.append((now_s, prompt_tokens))
+        self._statistics.note(now_s)
         return Times(now_s)
 
     def sent(self, times: Times, now_s: float) -> None:
@@ -94,6 +97,7 @@ class Accounts:
             waiting=num_waiting,
             mean_prompt_tokens=_mean(self._arrivals),
             mean_output_tokens=_mean(self._outputs),
+            arrivals_cv2=self._statistics.squared_cv(now_s),
         )
 
 
