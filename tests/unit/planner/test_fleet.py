@@ -85,7 +85,7 @@ def test_withdrawn_notice_leads_back_to_where_it_was(reached, state):
     fleet.instances["i1"].reached = reached
     assert fleet.withdraw_notice("i1", 2.0)
     assert not fleet.withdraw_notice("nobody", 2.0)
-    assert fleet.instances["i1"].deadline_s is None
+    assert [one.deadline_s for one in fleet.statuses()] == [None]
     assert [one.state for one in fleet.statuses()] == [state]
 
 

@@ -24,6 +24,13 @@ def build_costs(make_model, make_profile):
     return build
 
 
+def best_of(*args):
+    """The chosen layout, where there is one."""
+    best = choose_layout(*args).best
+    assert best is not None
+    return best
+
+
 def with_load(costs, num_ranks, load):
     """The same with arrivals of `load` times the most that `num_ranks` ranks can serve."""
     most_per_s = max((s.throughput_per_s for s in brute_force(costs, num_ranks)), default=1.0)
@@ -69,11 +76,11 @@ def test_the_choice_is_the_best_of_all_layouts(build_costs, fields, num_ranks, l
     costs = with_load(build_costs(**fields), num_ranks, load)
     every = brute_force(costs, num_ranks)
     best = choose_layout(costs, Supply(num_ranks=num_ranks), Targets()).best
-    if not every:
-        assert best is None
+    if best is None:
+        assert not every
         return
     assert best.layout.num_ranks <= num_ranks
-    assert choose_layout(costs, Supply(num_ranks=num_ranks), Targets()).best == best
+    assert best_of(costs, Supply(num_ranks=num_ranks), Targets()) == best
     enough = [s for s in every if s.throughput_per_s > costs.workload.arrivals_per_s]
     if not enough:
         most_per_s = max(s.throughput_per_s for s in every)
@@ -164,18 +171,18 @@ def test_44_ranks_do_not_idle_where_pipelines_of_16_leave_12(build_costs):
 def test_a_slow_odd_pipeline_is_not_used_unless_the_load_needs_it(build_costs):
     slow_alone = build_costs(memory_mb=2000, groups=2, all_reduce_ms=0.001, prefill_layer_ms_per_token=0.001)
     supply = Supply(num_ranks=3)
-    calm = choose_layout(slow_alone, supply, Targets()).best
+    calm = best_of(slow_alone, supply, Targets())
     assert calm.layout == Layout.of([(1, 2)])
-    busy = choose_layout(with_load(slow_alone, 3, 0.97), supply, Targets()).best
+    busy = best_of(with_load(slow_alone, 3, 0.97), supply, Targets())
     assert busy.layout.num_ranks == 3
     assert busy.keeps_up
 
 
 def test_pinned_degrees_forbid_odd_pipelines(build_costs):
     costs = build_costs()
-    best = choose_layout(costs, Supply(num_ranks=7), Targets(pipeline=2, tensor=1)).best
+    best = best_of(costs, Supply(num_ranks=7), Targets(pipeline=2, tensor=1))
     assert best.layout == Layout.of({(2, 1): 3})
-    best = choose_layout(costs, Supply(num_ranks=7), Targets(data=2)).best
+    best = best_of(costs, Supply(num_ranks=7), Targets(data=2))
     assert best.layout.num_pipelines == 2
 
 
@@ -183,6 +190,7 @@ def test_fewest_pipelines_that_are_enough(build_costs):
     scorer = Scorer(build_costs())
     one_per_s = scorer.throughput_per_s((1, 1))
     found = fewest_pipelines(scorer, (1, 1), 100, lambda s: s.throughput_per_s >= 6.5 * one_per_s)
+    assert found is not None
     assert found.layout == Layout.of({(1, 1): 7})
     assert fewest_pipelines(scorer, (1, 1), 6, lambda s: s.throughput_per_s >= 6.5 * one_per_s) is None
     assert fewest_pipelines(scorer, (1, 1), 0, lambda s: True) is None
@@ -204,21 +212,22 @@ def test_the_cheapest_meets_a_latency_target(build_costs):
     scores = brute_force(costs, 8)
     for latency_s in sorted({s.latency_s for s in scores if s.keeps_up})[:: max(1, len(scores) // 10)]:
         targets = Targets(objective=Objective.SLO, latency_s=latency_s)
-        best = choose_layout(costs, free, targets).best
+        best = best_of(costs, free, targets)
         assert best.latency_s <= latency_s
         assert best.layout.num_ranks == min(s.layout.num_ranks for s in scores if s.latency_s <= latency_s)
     hopeless = choose_layout(costs, free, Targets(objective=Objective.SLO, latency_s=1e-3))
+    assert hopeless.best is not None
     assert hopeless.best.latency_s <= (1 + NEAR_TIE) * min(s.latency_s for s in scores)
     assert "none has a latency" in hopeless.why
 
 
 def test_near_ties_go_to_the_fewest_instances_that_must_be_paid(build_costs):
     costs = with_load(build_costs(), 8, 0.1)
-    paid = choose_layout(costs, Supply(num_ranks=8), Targets()).best
-    extra = choose_layout(costs, Supply(num_ranks=8, num_paid_instances=0), Targets()).best
+    paid = best_of(costs, Supply(num_ranks=8), Targets())
+    extra = best_of(costs, Supply(num_ranks=8, num_paid_instances=0), Targets())
     assert extra.layout.num_ranks < paid.layout.num_ranks
     assert extra.latency_s <= (1 + NEAR_TIE) * paid.latency_s
-    some = choose_layout(costs, Supply(num_ranks=8, num_paid_instances=5), Targets()).best
+    some = best_of(costs, Supply(num_ranks=8, num_paid_instances=5), Targets())
     assert some.layout.num_ranks >= extra.layout.num_ranks
 
 

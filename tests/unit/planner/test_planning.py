@@ -15,6 +15,13 @@ from planner.protocol import UnitRange
 NOW_S = 1000.0
 
 
+def planned(situation, now_s):
+    """A plan, where one is due."""
+    plan = make_plan(situation, now_s)
+    assert plan is not None
+    return plan
+
+
 @pytest.fixture
 def make_situation(make_model, make_profile, make_rank):
     def make(num_ranks=3, memory_mb=2000, load_per_s=0.0, model=None, profile=None, **changes):
@@ -81,7 +88,7 @@ def shapes(plan):
 
 def test_pipelines_of_unequal_shape_leave_no_rank_idle(make_situation):
     situation = make_situation(5, memory_mb=500, targets=Targets(objective=Objective.THROUGHPUT))
-    plan = make_plan(situation, NOW_S)
+    plan = planned(situation, NOW_S)
     check_plan(plan)
     assert shapes(plan) == [(2, 1), (3, 1)]
     explanation = plan.explanation
@@ -93,11 +100,11 @@ def test_pipelines_of_unequal_shape_leave_no_rank_idle(make_situation):
 
 def test_an_odd_pipeline_joins_beside_those_that_serve(make_situation, make_rank):
     situation = make_situation(4, memory_mb=500, load_per_s=1.0)
-    first = make_plan(change(situation, targets=Targets(pipeline=2)), NOW_S)
+    first = planned(change(situation, targets=Targets(pipeline=2)), NOW_S)
     assert shapes(first) == [(2, 1), (2, 1)]
     serving = serve(situation, first)
     more = {name: make_rank(name, memory_bytes=500_000_000) for name in ("j1-0", "j2-0", "j3-0")}
-    second = make_plan(change(serving, ranks={**serving.ranks, **more}), NOW_S)
+    second = planned(change(serving, ranks={**serving.ranks, **more}), NOW_S)
     check_plan(second, first)
     assert second.pipelines[:2] == first.pipelines
     assert shapes(second) == [(2, 1), (2, 1), (3, 1)]
@@ -112,10 +119,10 @@ def sharding(make_profile):
 
 def test_a_change_waits_for_calm(make_situation, sharding):
     situation = make_situation(3, profile=sharding, load_per_s=0.3, targets=Targets(tensor=1, pipeline=1))
-    serving = serve(situation, make_plan(situation, NOW_S), kv_tokens=1000)
+    serving = serve(situation, planned(situation, NOW_S), kv_tokens=1000)
     free = change(serving, targets=Targets())
     assert make_plan(change(free, expected_calm_s=2.0), NOW_S) is None
-    plan = make_plan(change(free, expected_calm_s=3600.0), NOW_S)
+    plan = planned(change(free, expected_calm_s=3600.0), NOW_S)
     assert shapes(plan) == [(1, 3)]
     assert any("in the 3600 s to the next event" in note for note in plan.explanation.notes)
     chosen, *rejected = plan.explanation.alternatives
@@ -128,7 +135,7 @@ def test_a_change_waits_for_calm(make_situation, sharding):
 
 def test_engines_that_must_be_built_anew_make_a_change_dearer(make_situation, sharding):
     situation = make_situation(3, profile=sharding, load_per_s=0.3, targets=Targets(tensor=1, pipeline=1))
-    serving = serve(situation, make_plan(situation, NOW_S), kv_tokens=1000)
+    serving = serve(situation, planned(situation, NOW_S), kv_tokens=1000)
     ranks = {
         name: msgspec.structs.replace(rank, inventory=msgspec.structs.replace(rank.inventory, rebuild_s=60.0))
         for name, rank in serving.ranks.items()
@@ -136,14 +143,14 @@ def test_engines_that_must_be_built_anew_make_a_change_dearer(make_situation, sh
     free = change(serving, targets=Targets(), ranks=ranks)
     assert make_plan(change(free, expected_calm_s=90.0), NOW_S) is None
     assert make_plan(change(serving, targets=Targets(), expected_calm_s=90.0), NOW_S) is not None
-    plan = make_plan(change(free, expected_calm_s=36000.0), NOW_S)
+    plan = planned(change(free, expected_calm_s=36000.0), NOW_S)
     assert shapes(plan) == [(1, 3)]
     assert plan.explanation.alternatives[0].pause_s > 60.0
 
 
 def test_ranks_stay_idle_where_a_slow_pipeline_would_not_help(make_situation, make_model, sharding):
     situation = make_situation(3, profile=sharding, model=make_model(num_head_groups=2), load_per_s=0.01)
-    plan = make_plan(situation, NOW_S)
+    plan = planned(situation, NOW_S)
     assert shapes(plan) == [(1, 2)]
     assert any(note.startswith("1 ranks without a position, as spares") for note in plan.explanation.notes)
 
@@ -151,12 +158,12 @@ def test_ranks_stay_idle_where_a_slow_pipeline_would_not_help(make_situation, ma
 def test_most_progress_is_handed_on_and_the_rest_requeued(make_situation, make_model):
     model = make_model(num_layers=3, max_model_len=64)
     situation = make_situation(4, model=model)
-    serving = serve(situation, make_plan(situation, NOW_S))
+    serving = serve(situation, planned(situation, NOW_S))
     assert len(serving.last.pipelines) == 4
     leaders = {p.id: p.leader for p in serving.last.pipelines}
     room = 16 * 64
     serving = with_tokens(serving, dict(zip(leaders.values(), [10, room // 2, room, 20], strict=True)))
-    plan = make_plan(change(serving, targets=Targets(pipeline=3, tensor=1, data=1)), NOW_S)
+    plan = planned(change(serving, targets=Targets(pipeline=3, tensor=1, data=1)), NOW_S)
     check_plan(plan, serving.last)
     (new,) = plan.pipelines
     assert new.num_kv_blocks * model.kv_block_tokens == room
@@ -170,35 +177,35 @@ def test_most_progress_is_handed_on_and_the_rest_requeued(make_situation, make_m
 def test_a_long_notice_is_served_out_and_reviewed(make_situation):
     targets = Targets(pipeline=3, tensor=1, data=1)
     situation = make_situation(3, targets=targets, reviews_notices=True)
-    serving = serve(situation, make_plan(situation, NOW_S))
+    serving = serve(situation, planned(situation, NOW_S))
     assert serving.review_at_s(NOW_S) == math.inf
     deadline_s = NOW_S + 120.0
     noticed = with_notice(serving, {"i1-0"}, deadline_s)
-    plan = make_plan(noticed, NOW_S)
+    plan = planned(noticed, NOW_S)
     assert [p.id for p in plan.pipelines] == ["p1"], "it serves on"
     assert plan.deadlines == {"i1": deadline_s}
     review_at_s = noticed.review_at_s(NOW_S)
     assert deadline_s - 40.0 < review_at_s <= deadline_s - 30.0
     later = change(noticed, last=plan)
     assert make_plan(later, review_at_s - 0.01) is None
-    final = make_plan(later, review_at_s)
+    final = planned(later, review_at_s)
     assert shapes(final) == [(2, 1)]
     assert final.retiring[0].deadline_s == deadline_s
     assert noticed.review_at_s(review_at_s) == math.inf
-    unwatched = make_plan(change(noticed, reviews_notices=False), NOW_S)
+    unwatched = planned(change(noticed, reviews_notices=False), NOW_S)
     assert shapes(unwatched) == [(2, 1)], "nobody would come back to it"
 
 
 def test_costs_are_told_where_prices_are_known(make_situation):
-    plan = make_plan(make_situation(4, num_ranks_per_instance=2, usd_per_rank_h=1.5), NOW_S)
+    plan = planned(make_situation(4, num_ranks_per_instance=2, usd_per_rank_h=1.5), NOW_S)
     assert plan.explanation.alternatives[0].usd_per_h == 6.0
-    assert make_plan(make_situation(4), NOW_S).explanation.alternatives[0].usd_per_h == 0.0
+    assert planned(make_situation(4), NOW_S).explanation.alternatives[0].usd_per_h == 0.0
 
 
 def test_instances_that_can_be_released_stay_unused_where_they_gain_little(make_situation):
-    used = make_plan(make_situation(4, load_per_s=0.02, can_release=True), NOW_S)
+    used = planned(make_situation(4, load_per_s=0.02, can_release=True), NOW_S)
     assert len(used.pipelines) < 4
-    paid = make_plan(make_situation(4, load_per_s=0.02, can_release=True, num_paid_instances=4), NOW_S)
+    paid = planned(make_situation(4, load_per_s=0.02, can_release=True, num_paid_instances=4), NOW_S)
     assert len(paid.pipelines) == 4
 
 
@@ -250,9 +257,9 @@ def test_every_plan_holds_what_plans_promise(
 
 def test_a_plan_that_hands_a_pipeline_on_twice_or_too_early_is_refused(make_situation):
     situation = make_situation(4, memory_mb=500)
-    serving = serve(situation, make_plan(change(situation, targets=Targets(pipeline=2)), NOW_S))
+    serving = serve(situation, planned(change(situation, targets=Targets(pipeline=2)), NOW_S))
     lost = change(serving, ranks={name: rank for name, rank in serving.ranks.items() if name != "i3-0"})
-    plan = make_plan(change(lost, targets=Targets(pipeline=3)), NOW_S)
+    plan = planned(change(lost, targets=Targets(pipeline=3)), NOW_S)
     (ended,) = (r.pipeline.id for r in plan.retiring if not r.broken)
     assert plan.pipelines[0].inherits == [ended]
     check_plan(plan, serving.last)
