@@ -26,8 +26,10 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # uvicorn's own signature
         super().connection_made(transport)
         # uvloop would write at the end of its round, when all streams of a frame have been worked on: an event is to
-        # leave when it is made. Nothing is held for a slow reader beside what the socket takes.
-        transport.set_write_buffer_limits(high=0)
+        # leave when it is made. Nothing is held for a slow reader beside what the socket takes. (Not under TLS:
+        # there such a bound stops the answer for good.)
+        if transport.get_extra_info("sslcontext") is None:
+            transport.set_write_buffer_limits(high=0)
 
     def data_received(self, data: bytes) -> None:
         if self._num_head_bytes is None and self.cycle is not None and not self.cycle.more_body:
