@@ -57,7 +57,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What running requests get after SIGTERM."""
     slow_reader_timeout_s: float = 30.0
     """A client that does not read its stream for so long is cut off."""
-    max_broken_pipelines: int = 5
+    max_broken_pipelines: int = 16
     """A request fails when so many pipelines have broken under it without notice."""
     queue_aging_s: float = 15.0
     """Waiting so long lifts a key by one priority class, and a request past its key's others."""

@@ -29,7 +29,7 @@ SILENCE_S = 1.5
 """Without an entry for so long, ask for what may have been lost."""
 ASK_AGAIN_S = 0.5
 """Between two questions while the answers help nothing."""
-MAX_BROKEN = 5
+MAX_BROKEN = 16
 """Pipelines that may break without notice under one request: after these it is suspected of doing it."""
 MAX_UNKNOWN = 3
 """Unhelpful answers in a row after which the pipeline has lost the sequence."""

@@ -41,6 +41,8 @@ class CallParser:
         self._in_calls = False
         self._is_text = False
         """Without `begin`: the answer did not start as a call."""
+        self._is_dropping = False
+        """What followed a call was none: nothing counts up to the end mark."""
         self._num_calls = 0
         self._index: int | None = None
         """Of the call that is being read; None: it is not announced, or one too many."""
@@ -69,6 +71,8 @@ class CallParser:
 
     def _step(self, content: list[str], calls: list[ToolCallDelta]) -> bool:
         """Decide what can be decided of the held text; False if more is needed."""
+        if self._is_dropping:
+            return self._drop()
         if self._scanner is not None:
             return self._scan(content, calls)
         return self._between_calls(content) if self._in_calls else self._text(content)
@@ -146,11 +150,15 @@ class CallParser:
             content.append(self._raw)
             self._in_calls, self._is_text, self._raw = False, True, ""
             return True
+        self._is_dropping = True
+        return True
+
+    def _drop(self) -> bool:
         end = self._held.find(self._end) if self._end else -1
         if end < 0:
             self._held = self._held[len(self._held) - _overlap(self._held, self._end) :] if self._end else ""
             return False
-        self._held = self._held[end:]
+        self._held, self._is_dropping = self._held[end:], False
         return True
 
     def _id(self, index: int) -> str:

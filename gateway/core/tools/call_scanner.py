@@ -85,6 +85,8 @@ class CallScanner:
             return None
         if text[colon] != ":":
             return self._fail()
+        if key[0] in _KEYS and self._has_arguments:
+            return self._fail()
         if key[0] in _KEYS and text[value_start] == "{" and self._name is not None:
             self._arguments_start, self._has_arguments = value_start, True
             self._position = value_start

@@ -373,6 +373,7 @@ def test_an_engine_that_cannot_start_ends_the_start_with_its_last_words(start: S
 def test_logs_of_the_last_run_are_kept_and_ids_go_on_with_the_state(start: Start) -> None:
     first = start(num_instances=2)
     first.wait_until_ready()
+    wait_for(lambda: "agent ready" in first.log("i0"), "the agent has said something")
     first.process.send_signal(signal.SIGTERM)
     assert first.process.wait(20) == 0
     second = start(num_instances=1, keep_state=True)

@@ -71,6 +71,8 @@ TEXTS = [
     (HERMES, f'<tool_call>[{CALL}, {{"name": "time"}}]</tool_call>', "", [("weather", ARGUMENTS), ("time", "{}")]),
     (HERMES, '<tool_call>{"arguments": {"a": 1}, "name": "time"}</tool_call>', "", [("time", '{"a": 1}')]),
     (HERMES, '<tool_call>{"name": "time", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("time", '{"a": 1}')]),
+    (HERMES, '<tool_call>{"name": "time", "arguments": {}, "arguments": {}}</tool_call>', "", [("time", "{}")]),
+    (HERMES, f'<tool_call>{{"name": "time", "arguments": {{}}, x {CALL}', "", [("time", "{}")]),
     (HERMES, '<tool_call>{"name": "other", "arguments": {}}</tool_call>', None, []),
     (HERMES, "<tool_call>no json</tool_call>", None, []),
     (HERMES, '<tool_call>{"name": "time"', None, []),
