@@ -454,19 +454,6 @@ class Status(Message, frozen=True, kw_only=True):
     """Why the last of them failed; empty once a decision has worked again."""
 
 
-PlannerInput = (
-    InstanceInventory
-    | InstanceRequested
-    | InstanceStarting
-    | PreemptionNotice
-    | NoticeCancelled
-    | InstanceLost
-    | LoadReport
-    | RankProgress
-    | StatusRequest
-)
-
-
 # --- Subjects --------------------------------------------------------------------------------------------------
 
 

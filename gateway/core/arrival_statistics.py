@@ -6,7 +6,6 @@ from collections import deque
 from itertools import pairwise
 from typing import Final
 
-RATE_WINDOW_S: Final = 30.0
 GAPS_WINDOW_S: Final = 300.0
 """Bursts are minutes apart."""
 MAX_GAPS: Final = 2000

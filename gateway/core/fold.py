@@ -13,7 +13,7 @@ from typing import Protocol
 import msgspec
 
 from engine.protocol import TokenLogprobs
-from gateway.core.parsing import OutputParser, Parsed, ToolCallDelta
+from gateway.core.parsing import OutputParser, Parsed, ToolCallDelta, num_open
 
 REPLACEMENT = "\ufffd"
 
@@ -124,7 +124,7 @@ class StopScanner:
             self._held = ""
             end, start = min(found)
             return buffer[: end if self._include_stop else start], True
-        num_held = max(self._longest_start(buffer, stop) for stop in self._stops)
+        num_held = max(num_open(buffer, stop) for stop in self._stops)
         self._held = buffer[len(buffer) - num_held :]
         return buffer[: len(buffer) - num_held], False
 
@@ -132,14 +132,6 @@ class StopScanner:
         """What was held back and is no stop string after all."""
         text, self._held = self._held, ""
         return text
-
-    @staticmethod
-    def _longest_start(buffer: str, stop: str) -> int:
-        """Characters at the end of `buffer` that `stop` begins with (not all of it)."""
-        for length in range(min(len(stop) - 1, len(buffer)), 0, -1):
-            if buffer.endswith(stop[:length]):
-                return length
-        return 0
 
 
 class TokenScore(msgspec.Struct, frozen=True):

@@ -7,6 +7,14 @@ from typing import Protocol
 import msgspec
 
 
+def num_open(text: str, mark: str) -> int:
+    """How many characters at the end of `text` may be the start of `mark`; not all of it."""
+    for length in range(min(len(mark) - 1, len(text)), 0, -1):
+        if text.endswith(mark[:length]):
+            return length
+    return 0
+
+
 class ToolCallDelta(msgspec.Struct, frozen=True):
     """What a piece of text adds to call `index`; `id` and `name` come once, whole, with the call's first delta."""
 

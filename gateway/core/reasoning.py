@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from gateway.core.parsing import OutputParser, Parsed
+from gateway.core.parsing import OutputParser, Parsed, num_open
 
 BEGIN: Final = "<think>"
 END: Final = "</think>"
@@ -66,8 +66,7 @@ class ThinkParser:
         if mark:
             self._is_thinking, self._held = False, rest
             return thought.rstrip()
-        num_open = next((n for n in range(len(END) - 1, 0, -1) if thought.endswith(END[:n])), 0)
-        safe = thought[: len(thought) - num_open].rstrip()
+        safe = thought[: len(thought) - num_open(thought, END)].rstrip()
         self._said = self._said or bool(safe)
         self._held = thought[len(safe) :]
         return safe

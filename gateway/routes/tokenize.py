@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Annotated, Any
 
 import msgspec
@@ -14,6 +13,7 @@ from gateway.errors import bad_request
 from gateway.openai import ChatMessage, decode
 from gateway.routes.replies import JsonReply, json_body
 from gateway.services.front import Front
+from gateway.services.front import version as installed_version
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +58,7 @@ async def detokenize(request: Request[Any, Any, Any]) -> ASGIApp:
 @get("/version")
 async def version() -> ASGIApp:
     """Of this software."""
-    return JsonReply({"version": importlib.metadata.version("spotserve")})
+    return JsonReply({"version": installed_version()})
 
 
 def _ids(front: Front, body: TokenizeBody) -> list[int]:

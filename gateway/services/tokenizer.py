@@ -51,10 +51,6 @@ class TextTokenizer:
         self._template = _load_template(model_dir, self.template_source)
 
     @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
-    @property
     def knows_tools(self) -> bool:
         """Whether the chat template writes tools into the prompt."""
         return self.template_source is not None and re.search(r"\btools\b", self.template_source) is not None

@@ -40,10 +40,6 @@ class Layout(msgspec.Struct, frozen=True):
         """The shape that most ranks serve in."""
         return max(self.counts, key=lambda item: (item[1] * size_of(item[0]), item[1], item[0]))[0]
 
-    @property
-    def is_uniform(self) -> bool:
-        return len(self.counts) == 1
-
     def shapes(self) -> list[Shape]:
         """One entry a pipeline: those of the main shape first."""
         if not self.counts:

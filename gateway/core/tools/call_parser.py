@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from gateway.core.parsing import Parsed, ToolCallDelta
+from gateway.core.parsing import Parsed, ToolCallDelta, num_open
 from gateway.core.tools.call_scanner import CallScanner, State
 
 
@@ -87,7 +87,7 @@ class CallParser:
             self._held = self._held[start + len(self._begin) :]
             self._in_calls = True
             return True
-        safe = len(self._held) - _overlap(self._held, self._begin)
+        safe = len(self._held) - num_open(self._held, self._begin)
         safe = len(self._held[:safe].rstrip())
         content.append(self._held[:safe])
         self._held = self._held[safe:]
@@ -156,15 +156,10 @@ class CallParser:
     def _drop(self) -> bool:
         end = self._held.find(self._end) if self._end else -1
         if end < 0:
-            self._held = self._held[len(self._held) - _overlap(self._held, self._end) :] if self._end else ""
+            self._held = self._held[len(self._held) - num_open(self._held, self._end) :] if self._end else ""
             return False
         self._held, self._is_dropping = self._held[end:], False
         return True
 
     def _id(self, index: int) -> str:
         return "call_" + hashlib.sha256(f"{self._id_seed}/{index}".encode()).hexdigest()[:24]
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Characters at the end of `text` that `mark` begins with."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
