@@ -200,6 +200,10 @@ async def _main(socket_path: str) -> int:
         cause = str(error) if isinstance(error, EngineUnavailable) else in_words(error)
         writer.write(encode(Failed(cause=cause)))
         await writer.drain()
+        while (
+            await receive(reader) is not None
+        ):  # Were we gone, what the parent sends now would cost it our last words.
+            pass
         return 1
     finally:
         writer.close()

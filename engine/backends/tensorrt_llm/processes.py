@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
+from typing import Final
 
 from engine.backends.tensorrt_llm.launch import MARK
+
+_GONE_WAIT_S: Final = 5.0
+_POLL_S: Final = 0.01
 
 
 def marked(mark: str) -> set[int]:
@@ -37,14 +42,21 @@ def kill_group(pid: int) -> None:
 
 
 def kill_marked(mark: str) -> None:
-    """SIGKILL to every process that carries the mark, until there are none: one may just have been started."""
-    for _ in range(8):
+    """SIGKILL to every process that carries the mark, and wait until there are none: one may just have been started.
+
+    Given up after `_GONE_WAIT_S`: a process in the driver's hands may take its time.
+    """
+    deadline_s = time.monotonic() + _GONE_WAIT_S
+    killed: set[int] = set()
+    while time.monotonic() < deadline_s:
         pids = marked(mark)
-        if not pids:
+        if not pids and not any(map(is_alive, killed)):  # Its environment goes before the process does.
             return
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+        killed |= pids
+        time.sleep(_POLL_S)
 
 
 def is_alive(pid: int) -> bool:

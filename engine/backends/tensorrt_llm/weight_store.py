@@ -201,8 +201,9 @@ class SharedWeights:
         if name not in self._mapped:
             shape = tensor_shapes(self.config, layer)[name]
             self.directory.mkdir(exist_ok=True)
-            path = self.directory / f"{name}.bin"
-            flat = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=self.dtype)
+            path, num_elements = self.directory / f"{name}.bin", math.prod(shape)
+            _grow(path, num_elements * self.dtype.itemsize)
+            flat = torch.from_file(str(path), shared=True, size=num_elements, dtype=self.dtype)
             self._mapped[name] = flat.view(shape)
         return self._mapped[name]
 
@@ -216,3 +217,15 @@ class SharedWeights:
         partial = self.directory / f".{name}.{os.getpid()}"
         partial.write_text(text)
         partial.replace(self.directory / name)
+
+
+def _grow(path: Path, num_bytes: int) -> None:
+    """Give a file its size; what another rank has written into it meanwhile stays.
+
+    `torch.from_file` would write a zero over the first byte of a file that it finds too short.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        os.ftruncate(handle, num_bytes)
+    finally:
+        os.close(handle)

@@ -44,7 +44,7 @@ class StandIn:
     async def start(self) -> EngineProcess:
         root = str(Path(__file__).parents[4])
         environment = os.environ | {"PYTHONPATH": root, launch.MARK: self.mark}
-        await self.process.start([sys.executable, str(self.path), self.process.socket_path], environment, 20.0)
+        await self.process.start([sys.executable, str(self.path), self.process.socket_path], environment, 60.0)
         return self.process
 
 
@@ -71,7 +71,7 @@ async def test_workers_that_left_the_process_group_are_killed_too(tmp_path: Path
     await writer.drain()
     time.sleep(1000)"""
     process = await StandIn(tmp_path, "workers", HEAD + body + TAIL).start()
-    await process.build(Build(spec=SPEC), 10.0)
+    await process.build(Build(spec=SPEC), 60.0)
     worker = int(process.phases_s["pid"])
     assert is_alive(worker)
     await process.kill()
@@ -86,10 +86,10 @@ async def test_a_child_that_dies_at_its_start_is_told_with_its_last_words(tmp_pa
 
 
 async def test_a_build_that_fails_says_why(tmp_path: Path) -> None:
-    body = "    say(Failed(cause='CUDA out of memory'))\n    await writer.drain()"
+    body = "    await receive(reader)\n    say(Failed(cause='CUDA out of memory'))\n    await writer.drain()"
     process = await StandIn(tmp_path, "fails", HEAD + body + TAIL).start()
     with pytest.raises(EngineUnavailable, match="CUDA out of memory"):
-        await process.build(Build(spec=SPEC), 10.0)
+        await process.build(Build(spec=SPEC), 60.0)
     await process.kill()
 
 
@@ -112,7 +112,7 @@ async def test_a_command_that_is_not_there_is_named(tmp_path: Path) -> None:
 )
 async def test_a_child_that_dies_or_talks_nonsense_is_heard_as_failed(tmp_path: Path, body: str) -> None:
     process = await StandIn(tmp_path, "gone", HEAD + body + TAIL).start()
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60.0):
         assert isinstance(await process.hear(), Failed)
     await process.kill()
 
@@ -131,7 +131,7 @@ async def test_half_a_message_is_not_lost_by_who_stops_waiting_for_it(tmp_path: 
         async with asyncio.timeout(0.1):
             await process.hear()
     process.send(Build(spec=SPEC))
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60.0):
         message = await process.hear()
     assert isinstance(message, Batch)
     assert message.tokens[0].ids == [7]

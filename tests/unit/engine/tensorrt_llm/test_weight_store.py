@@ -108,3 +108,18 @@ def test_stores_of_other_checkpoints_dtypes_and_instances_are_others(model_dir: 
 def test_copies_of_a_checkpoint_on_several_nodes_have_one_checksum(model_dir: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(model_dir, tmp_path / "copy")
     assert checkpoint_checksum(copy) == checkpoint_checksum(model_dir)
+
+
+def test_no_file_grows_by_being_mapped(store: SharedWeights, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.from_file puts a zero over the first byte of a file that is too short: of another rank's unit, perhaps."""
+    too_short: list[str] = []
+    from_file = torch.from_file
+
+    def watched(path: str, *, shared: bool, size: int, dtype: torch.dtype) -> torch.Tensor:
+        if not Path(path).exists() or Path(path).stat().st_size != size * dtype.itemsize:
+            too_short.append(path)
+        return from_file(path, shared=shared, size=size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "from_file", watched)
+    fill(store, model_dir)
+    assert too_short == []
