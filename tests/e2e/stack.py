@@ -140,8 +140,9 @@ def _is_alive(pid: int) -> bool:
 
 @dataclass
 class Answer:
-    """One finished stream."""
+    """One stream, finished or not."""
 
+    id: str = ""
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
@@ -379,6 +380,7 @@ class Session:
             if "error" in chunk:
                 answer.error = chunk["error"]["message"]
                 break
+            answer.id = chunk["id"]
             for choice in chunk["choices"]:
                 if choice.get("token_ids"):
                     answer.ids += choice["token_ids"]
