@@ -10,14 +10,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import orjson
 from litestar import Litestar, MediaType, Request, Response
 from litestar.datastructures import MutableScopeHeaders, State
-from litestar.enums import ScopeType
 from litestar.exceptions import HTTPException
-from litestar.types import LifeSpanReceive, LifeSpanScope, Message, Receive, Scope
+from litestar.types import Message, Scope
 from opentelemetry.trace import Tracer
 
 from gateway import openapi
@@ -25,7 +24,6 @@ from gateway.errors import ApiError, bad_request, server_error
 from gateway.protocol import is_loopback
 from gateway.routes import generation, health, metrics, models, responses, tokenize
 from gateway.routes.access import identify
-from gateway.routes.replies import offer_body_send
 from gateway.services.admin_server import AdminServer
 from gateway.services.bus import Bus
 from gateway.services.caller import current_caller
@@ -66,7 +64,7 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
             await dispatcher.close()
             await admin.stop()
 
-    return _Application(
+    return Litestar(
         route_handlers=[
             generation.chat_completions,
             generation.completions,
@@ -108,13 +106,6 @@ def create_app(settings: Settings, tokenizer: TextTokenizer, tracer: Tracer) -> 
         openapi_config=None,
         logging_config=None,
     )
-
-
-class _Application(Litestar):
-    async def __call__(self, scope: Scope | LifeSpanScope, receive: Receive | LifeSpanReceive, send: Any) -> None:
-        if scope["type"] == ScopeType.HTTP:
-            offer_body_send(cast("Scope", scope), send)
-        await super().__call__(scope, receive, send)
 
 
 def _admin_server(settings: Settings, front: Front) -> AdminServer:

@@ -66,7 +66,7 @@ async def _reply(request: Request[Any, Any, Any], front: Front, body: Generation
     except BaseException:
         answer.close()
         raise
-    return StreamReply(first, events, answer.close)
+    return StreamReply(first, events, answer.close, events.write_to)
 
 
 async def _maybe_in_thread(data: bytes, work: Any, *args: Any) -> Any:

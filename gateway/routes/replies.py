@@ -7,13 +7,14 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import orjson
 from litestar import Request
 from litestar.types import Receive, Scope, Send
 
 from gateway.errors import ApiError, bad_request
+from gateway.services.http_protocol import BODY_WRITER, BodyWriter
 
 _T = TypeVar("_T")
 
@@ -22,8 +23,6 @@ _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-
-_BODY_SEND: Final = "spotserve.body_send"
 
 _log = logging.getLogger(__name__)
 
@@ -124,10 +123,18 @@ class StreamReply:
     socket buffer of text for it and its token ids, at most max_tokens.
     """
 
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes], close: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        first: bytes,
+        rest: AsyncIterator[bytes],
+        close: Callable[..., None],
+        write_to: Callable[[BodyWriter], None] | None = None,
+    ) -> None:
+        """`write_to` tells who makes `rest` that it may write by itself while it is waited for."""
         self._first = first
         self._rest = rest
         self._close = close
+        self._write_to = write_to
         self._sending = 0
         """Number of the event that is being sent; 0: none."""
 
@@ -138,7 +145,7 @@ class StreamReply:
         try:
             async with ClientWatch(receive) as watch:
                 stall = _Stall(self, front.settings.slow_reader_timeout_s, watch.end)
-                await self._send(send, body_send(scope, send))
+                await self._send(scope, send)
         except ClientGone as gone:
             if gone.cause is not None:
                 cause = (gone.cause,)
@@ -153,17 +160,21 @@ class StreamReply:
     def sending(self) -> int:
         return self._sending
 
-    async def _send(self, send: Send, send_body: Send) -> None:
+    async def _send(self, scope: Scope, send: Send) -> None:
+        extensions: Mapping[str, Any] = scope.get("extensions") or {}
+        writer: BodyWriter | None = extensions.get(BODY_WRITER)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-        await send_body({"type": "http.response.body", "body": self._first, "more_body": True})
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        if writer is not None and self._write_to is not None:
+            self._write_to(writer)
         number = 1
         async for data in self._rest:
             number += 1
             self._sending = number
-            await send_body({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": data, "more_body": True})
             self._sending = 0
         self._sending = number + 1
-        await send_body({"type": "http.response.body", "body": b"", "more_body": False})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class _Stall:
@@ -185,18 +196,6 @@ class _Stall:
             self._end(f"the client has not read for {self._timeout_s:g} s")
             return
         self._timer = asyncio.get_running_loop().call_later(self._timeout_s / 10, self._look)
-
-
-def offer_body_send(scope: Scope, send: Send) -> None:
-    """The server's own `send`, for the parts of a body: what the framework adds to a reply is in the start of it."""
-    scope["extensions"] = {**(scope.get("extensions") or {}), _BODY_SEND: send}  # type: ignore[dict-item] # an entry of ours
-
-
-def body_send(scope: Scope, send: Send) -> Send:
-    """What `offer_body_send` left in `scope`, else `send`."""
-    extensions: dict[str, Any] = scope.get("extensions") or {}
-    found: Send = extensions.get(_BODY_SEND, send)
-    return found
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from gateway.core import sse
 from gateway.core.fold import ChoiceFold, Delta, merge
@@ -12,6 +12,17 @@ from gateway.errors import ApiError
 from gateway.services.dispatcher import Dispatcher
 from gateway.services.generation import Delivery, Generation, joined
 from gateway.telemetry import RequestTrace
+
+
+class Writer(Protocol):
+    """Takes a part of a body without waiting."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether `write` may be called now."""
+        ...
+
+    def write(self, data: bytes) -> None: ...
 
 
 class Answer:
@@ -95,31 +106,18 @@ class Answer:
             kept += sorted(drawn, key=mean_logprob, reverse=True)[: self._num_kept]
         return kept
 
-    async def events(self, *, include_usage: bool, continuous_usage: bool, keep_alive_s: float) -> AsyncIterator[bytes]:
-        """The stream, a few events at a time; an error before the first one is raised, a later one is an event.
+    def events(self, *, include_usage: bool, continuous_usage: bool, keep_alive_s: float) -> EventStream:
+        """The stream; after `keep_alive_s` without an event (0: never) a comment is sent."""
+        return EventStream(self, self._generation, include_usage, continuous_usage, keep_alive_s)
 
-        After `keep_alive_s` without an event (0: never) a comment is sent.
-        """
-        began = False
-        try:
-            while self._num_open:
-                deliveries = await self._generation.next(keep_alive_s)
-                if deliveries:
-                    began = True
-                    data = self._encode(self._fold_new(deliveries), include_usage, continuous_usage)
-                    if not self._num_open:
-                        data += self._end_of_stream(include_usage)
-                    if data:
-                        yield data
-                elif began:
-                    yield sse.KEEP_ALIVE
-        except ApiError as error:
-            self._outcome = error.message
-            if not began:
-                raise
-            yield sse.event(error.envelope()) + sse.DONE
-            return
-        self._outcome = None
+    @property
+    def has_finished(self) -> bool:
+        """All choices have."""
+        return not self._num_open
+
+    def end(self, error: ApiError | None) -> None:
+        """Everything has been told, up to `error`."""
+        self._outcome = error.message if error is not None else None
 
     def close(self, cause: str | None = None) -> None:
         """Stop what still runs, for `cause` (None: the client has gone); does nothing the second time."""
@@ -150,10 +148,91 @@ class Answer:
                     self._dispatcher.cancel(self._generation, delivery.index)
         return deltas
 
-    def _encode(self, deltas: Sequence[tuple[int, Delta]], include_usage: bool, continuous_usage: bool) -> bytes:
+    def encode_new(self, deliveries: Sequence[Delivery], *, include_usage: bool, continuous_usage: bool) -> bytes:
+        """The events of what has come, with the end of the stream if that was all."""
         with_usage = include_usage or continuous_usage
         usage = (lambda: self.usage) if continuous_usage else None
-        return b"".join([self._format.events(index, delta, usage, with_usage=with_usage) for index, delta in deltas])
+        events = [
+            self._format.events(index, delta, usage, with_usage=with_usage)
+            for index, delta in self._fold_new(deliveries)
+        ]
+        if not self._num_open:
+            events += [sse.event(self._format.usage_chunk(self.usage))] if include_usage else []
+            events.append(sse.DONE)
+        return b"".join(events) if len(events) != 1 else events[0]
 
-    def _end_of_stream(self, include_usage: bool) -> bytes:
-        return (sse.event(self._format.usage_chunk(self.usage)) if include_usage else b"") + sse.DONE
+
+class EventStream:
+    """The events of an answer, a few at a time: `async for`.
+
+    An error before the first one is raised, a later one is an event. While the reader waits, events go to the writer
+    that it has named, if there is one: without a switch of tasks.
+    """
+
+    def __init__(
+        self,
+        answer: Answer,
+        generation: Generation,
+        include_usage: bool,
+        continuous_usage: bool,
+        keep_alive_s: float,
+    ) -> None:
+        self._answer, self._generation = answer, generation
+        self._include_usage, self._continuous_usage = include_usage, continuous_usage
+        self._keep_alive_s = keep_alive_s
+        self._began = self._has_ended = False
+        self._last = b""
+        """What `_write_at_once` has left to the reader: the end."""
+        self._fault: Exception | None = None
+
+    def write_to(self, writer: Writer) -> None:
+        """Write to `writer`, whenever it is ready, what comes while the reader waits."""
+        self._generation.at_once = lambda: self._write_at_once(writer)
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._has_ended:
+            try:
+                deliveries = await self._generation.next(self._keep_alive_s)
+            except ApiError as error:
+                self._answer.end(error)
+                self._has_ended = True
+                if not self._began:
+                    raise
+                return sse.event(error.envelope()) + sse.DONE
+            if self._fault is not None:
+                raise self._fault
+            data = self._last or self._encode(deliveries)
+            if self._answer.has_finished:
+                self._answer.end(None)
+                self._has_ended = True
+            if data:
+                return data
+            if not deliveries and self._began:
+                return sse.KEEP_ALIVE
+        raise StopAsyncIteration
+
+    def _encode(self, deliveries: Sequence[Delivery]) -> bytes:
+        if not deliveries:
+            return b""
+        self._began = True
+        return self._answer.encode_new(
+            deliveries, include_usage=self._include_usage, continuous_usage=self._continuous_usage
+        )
+
+    def _write_at_once(self, writer: Writer) -> bool:
+        if not writer.ready:
+            return False
+        try:
+            data = self._encode(self._generation.take())
+            if self._answer.has_finished:
+                self._last = data
+                return False
+            if data:
+                writer.write(data)
+        except Exception as error:  # noqa: BLE001 # of this request; whoever tells has others to tell
+            self._fault = error
+            return False
+        return True

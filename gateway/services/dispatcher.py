@@ -378,6 +378,8 @@ class Dispatcher:
             self._queue.forget(state.request_id, len(state.prompt_ids) + num_tokens)
             self.accounts.ended(running.times, running.principal, num_tokens, running.finish, self._clock())
             running.trace.end()
+        # Only now: the reader may cancel the request when it is told.
+        running.generation.tell()
 
     def _carry_out_one(self, running: _Running, effect: Effect) -> None:
         state, generation = running.state, running.generation

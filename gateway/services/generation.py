@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -25,24 +25,44 @@ class Delivery(msgspec.Struct, frozen=True):
 class Generation:
     """All choices of one request. What the reader has not taken is token ids only, so at most max_tokens.
 
-    One reader; it is woken once for everything that has come until it runs.
+    One reader. While it waits, `at_once` is tried first; it is woken if that does not do it, once for everything that
+    has come until it runs.
     """
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
         """Of the choices on the wire, by index."""
+        self.at_once: Callable[[], bool] | None = None
+        """Called when something has come: may `take` it, without a switch of tasks. False: wake the reader."""
         self._pending: list[Delivery] = []
         self._error: ApiError | None = None
         self._num_open = len(names)
         self._waiter: asyncio.Future[None] | None = None
         self._waits_for_all = False
+        self._told_s = 0.0
 
     def put(self, delivery: Delivery) -> None:
+        """Keep it for `tell`."""
         self._pending.append(delivery)
         if delivery.finish is not None:
             self._num_open -= 1
-        if not self._waits_for_all or self._num_open <= 0:
+
+    def tell(self) -> None:
+        """Hand on what was put."""
+        waiter = self._waiter
+        if not self._pending or waiter is None or waiter.done():
+            return
+        if self._waits_for_all and self._num_open > 0:
+            return
+        if self.at_once is not None and self.at_once():
+            self._told_s = waiter.get_loop().time()
+        else:
             self._wake()
+
+    def take(self) -> list[Delivery]:
+        """Everything that has come and was not taken."""
+        pending, self._pending = self._pending, []
+        return pending
 
     def fail(self, error: ApiError) -> None:
         self._error = self._error or error
@@ -51,13 +71,13 @@ class Generation:
     async def next(self, silence_s: float = 0.0) -> list[Delivery]:
         """Everything that has come since the last call; waits for something, or (not 0) until `silence_s` is over.
 
-        Raises ApiError when the request has failed, after the tokens before.
+        Empty also if `at_once` has left something else to do. Raises ApiError when the request has failed, after the
+        tokens before.
         """
         if not self._pending and self._error is None:
             await self._wait(silence_s)
         if self._pending or self._error is None:
-            pending, self._pending = self._pending, []
-            return pending
+            return self.take()
         raise self._error
 
     async def all(self) -> list[Delivery]:
@@ -72,7 +92,19 @@ class Generation:
     async def _wait(self, silence_s: float) -> None:
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
-        timer = loop.call_later(silence_s, self._wake) if silence_s else None
+        self._told_s = loop.time()
+        timer: asyncio.TimerHandle | None = None
+
+        def look() -> None:
+            nonlocal timer
+            left_s = self._told_s + silence_s - loop.time()
+            if left_s > 0:
+                timer = loop.call_later(left_s, look)
+            else:
+                self._wake()
+
+        if silence_s:
+            timer = loop.call_later(silence_s, look)
         try:
             await self._waiter
         finally:

@@ -7,12 +7,37 @@ Granian was not taken: it has no hook at the start of a shutdown, which draining
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 """Request line and headers."""
+BODY_WRITER: Final = "spotserve.body_writer"
+"""Name of an extension in a request's scope: its `BodyWriter`."""
+
+
+class BodyWriter:
+    """Writes parts of the body of one answer that has begun, outside of ASGI: it need not be awaited.
+
+    The end of the body, and what comes while it is not `ready`, goes through ASGI's `send`.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def ready(self) -> bool:
+        cycle = self._cycle
+        return bool(
+            cycle.chunked_encoding
+            and not (cycle.flow.write_paused or cycle.disconnected or cycle.response_complete)
+            and not cycle.transport.is_closing()
+        )
+
+    def write(self, data: bytes) -> None:
+        """`data` must not be empty."""
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -43,3 +68,5 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._num_head_bytes = None
         super().on_headers_complete()
+        if self.cycle is not None and self.cycle.scope is self.scope:
+            self.scope["extensions"] = {BODY_WRITER: cast("Any", BodyWriter(self.cycle))}

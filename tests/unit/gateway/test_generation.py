@@ -16,6 +16,7 @@ async def test_everything_that_has_come_at_once():
     deliveries = [Delivery(0, [1], None, 0), Delivery(0, [2], "stop", 0)]
     for delivery in deliveries:
         generation.put(delivery)
+        generation.tell()
     assert await reader == deliveries
 
 
@@ -31,10 +32,53 @@ async def test_all_waits_for_every_choice_and_wakes_once():
     reader = asyncio.create_task(generation.all())
     for index, finish in ((0, None), (1, None), (0, "stop")):
         generation.put(Delivery(index, [1], finish, 0))
+        generation.tell()
         await asyncio.sleep(0)
         assert not reader.done()
     generation.put(Delivery(1, [2], "length", 0))
+    generation.tell()
     assert len(await reader) == 4
+
+
+async def test_what_is_taken_at_once_wakes_nobody():
+    generation = Generation(["a"])
+    taken, takes = [], True
+
+    def at_once():
+        taken.extend(generation.take() if takes else [])
+        return takes
+
+    generation.at_once = at_once
+    generation.put(Delivery(0, [1], None, 0))
+    generation.tell()  # nobody waits: it is kept for the reader
+    assert len(await generation.next()) == 1
+    reader = asyncio.create_task(generation.next())
+    await asyncio.sleep(0)
+    for token_id in (2, 3):
+        generation.put(Delivery(0, [token_id], None, 0))
+        generation.tell()
+        await asyncio.sleep(0)
+        assert not reader.done()
+    takes = False
+    for token_id in (4, 5):
+        generation.put(Delivery(0, [token_id], None, 0))
+        generation.tell()
+        takes = True  # the reader has been woken: what comes after that is its own
+    assert [delivery.ids for delivery in await reader] == [[4], [5]]
+    assert [delivery.ids for delivery in taken] == [[2], [3]]
+
+
+async def test_silence_begins_after_what_was_taken_at_once():
+    generation = Generation(["a"])
+    generation.at_once = lambda: bool(generation.take())
+    loop = asyncio.get_running_loop()
+    reader = asyncio.create_task(generation.next(0.2))
+    await asyncio.sleep(0.1)
+    told_s = loop.time()
+    generation.put(Delivery(0, [1], None, 0))
+    generation.tell()
+    assert await reader == []
+    assert loop.time() - told_s > 0.19
 
 
 async def test_errors_come_after_the_tokens_before():
