@@ -47,6 +47,7 @@ def make_tensorrt(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TRTLLM_DOUBLE_DIR", str(tmp_path / "double"))
     monkeypatch.setenv("PYTHONPATH", f"{DOUBLES}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("TRTLLM_DOUBLE_SWITCHES", '{"with_torch": false}')
     control.set(num_gpus=len(NAMES))
     (tmp_path / "store").mkdir()
 
@@ -70,6 +71,12 @@ def make_tensorrt(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return MakeBackend(
         "tensorrt_llm", make, lambda name: f"node-{NAMES.index(name)}", lambda rank: "node", moves_kv=False
     )
+
+
+@pytest.fixture
+def with_torch(make_tensorrt: MakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines take their weights through our loader, out of shared memory, and run logits processors."""
+    monkeypatch.delenv("TRTLLM_DOUBLE_SWITCHES")
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ async def undisturbed(make_backend: MakeBackend, **sampling: Any) -> dict[str, l
     return _oracle[key]
 
 
+@pytest.mark.usefixtures("with_torch")
 @pytest.mark.parametrize("shape", [TWO, THREE, TENSOR3, [["a", "b", "c"], ["d", "e", "f"]]])
 async def test_every_shape_gives_the_same_tokens(any_backend: MakeBackend, shape: list[list[str]]) -> None:
     if any_backend.kind != "torch" and shape in (THREE, TENSOR3):
@@ -70,6 +71,7 @@ async def test_arranged_sequences_resume_with_their_kv(
     await arranged_then_resumed(make_backend, before, after, sampling)
 
 
+@pytest.mark.usefixtures("with_torch")
 @pytest.mark.parametrize(("before", "after", "sampling"), [(ONE, TENSOR3, {"temperature": 0.0}), (TWO, ONE, SEEDED)])
 async def test_an_arranged_pipeline_is_rebuilt_in_another_shape(
     make_tensorrt: MakeBackend, before: list[list[str]], after: list[list[str]], sampling: dict[str, Any]

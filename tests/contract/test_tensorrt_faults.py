@@ -174,6 +174,7 @@ async def test_1_and_6_and_7_and_8_what_is_asked_of_the_engine(make_tensorrt: Ma
         assert not control.journal("loader_dropped")
 
 
+@pytest.mark.usefixtures("with_torch")
 @pytest.mark.parametrize("strip", [False, True], ids=["kept", "removed"])
 async def test_7_an_end_of_sequence_token_is_the_last_of_the_log(make_tensorrt: MakeBackend, strip: bool) -> None:
     control.set(num_gpus=NUM_GPUS, strip_end_id=strip)
@@ -188,6 +189,7 @@ async def test_7_an_end_of_sequence_token_is_the_last_of_the_log(make_tensorrt: 
         assert entry.finish is FinishReason.STOP
 
 
+@pytest.mark.usefixtures("with_torch")
 @pytest.mark.parametrize(
     "sampling",
     [

@@ -10,12 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from tensorrt_llm._torch.models.checkpoints.base_weight_loader import BaseWeightLoader
 
-from engine.backends.tensorrt_llm.weight_store import SharedWeights, tensor_shapes
 from engine.backends.tensorrt_llm.wire import EngineSpec
-from engine.backends.torch.checkpoint import Checkpoint
 from engine.core.model_config import ModelConfig
 from engine.errors import MissingUnit
 from planner.protocol import EMBEDDING_LAYER
@@ -32,6 +29,11 @@ class StoreWeightLoader(BaseWeightLoader):
 
         Raises MissingUnit if this rank's own shard is not all there; of other shards' rows it may be zero.
         """
+        import torch  # Here and not above: who only hands the loader on to the workers needs none of it.
+
+        from engine.backends.tensorrt_llm.weight_store import SharedWeights, tensor_shapes
+        from engine.backends.torch.checkpoint import Checkpoint
+
         started_s = time.perf_counter()
         spec = self._spec
         config = Checkpoint(Path(checkpoint_dir)).config

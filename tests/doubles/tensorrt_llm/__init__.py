@@ -3,17 +3,11 @@
 Put `tests/doubles` on PYTHONPATH. `trtllm_double.control.Switches` names the switches.
 """
 
-import sys
-
-from trtllm_double import gpus
 from trtllm_double.control import control
 
 control.on_import()
-if "pytest" not in sys.modules:
-    # As the real one: torch comes with it, and sees the GPUs. Not in the tests' process, whose torch is others' too.
-    import torch
-
-    torch.cuda.device_count = lambda: len(gpus.visible())
+if control.switches().with_torch:
+    import torch  # noqa: F401 - it comes with the package
 
 from .disaggregated_params import DisaggregatedParams  # noqa: E402 - importing takes time, and may fail
 from .llmapi import AsyncLLM, KvCacheConfig, TorchLlmArgs  # noqa: E402 - as above

@@ -35,6 +35,9 @@ class Switches:
     """Which starts fail, counted from 1 over all processes; None: each."""
     dies_at: Phase | None = None
     """The whole process is gone, without a word (exit code 1)."""
+    with_torch: bool = True
+    """Off: neither torch nor the loader that was given, which takes torch too; the checkpoint is read to the same
+    tokens. The import takes longer than the rest of a start."""
     # --- running
     step_s: float = 0.002
     tokens_per_step: int = 1

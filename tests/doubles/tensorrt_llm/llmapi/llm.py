@@ -139,7 +139,7 @@ class LLM:
         if args.load_format is LoadFormat.DUMMY:
             return b"dummy"
         loader = args.checkpoint_loader
-        if loader is None:
+        if loader is None or not control.switches().with_torch:
             loader = CHECKPOINT_LOADER_FORMAT_DEFAULT_MAPPING.get(args.checkpoint_format or "HF", HfCheckpointLoader)()
         found: dict[str, bytes] = {}
         for rank in range(args.world_size):
