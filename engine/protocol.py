@@ -7,10 +7,14 @@ a repeat is dropped, a gap is asked for again (`ResendRequest`), an older attemp
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
 import msgspec
 
 from planner.protocol import Message, ModelShape, RankInventory, StepProfile, Wire
+
+DEADLINE_PASSED: Final = "deadline"
+"""`TokenEntry.error` of a sequence that was ended because its client's time is over."""
 
 
 class SamplingParams(Wire, frozen=True, kw_only=True):

@@ -30,6 +30,7 @@ from engine.core.scheduler_types import (
 from engine.core.sequence import Event, Sequence, SequenceKey, State, invalid_field
 from engine.errors import ProtocolError
 from engine.protocol import (
+    DEADLINE_PASSED,
     FinishReason,
     GenerateRequest,
     Interruption,
@@ -160,7 +161,7 @@ class Scheduler:
         for sequence in list(self._sequences.values()):
             deadline_s = sequence.request.deadline_s
             if deadline_s is not None and deadline_s <= now_s and sequence.state is not State.PARKED:
-                sequence.finish, sequence.error = FinishReason.ERROR, "deadline"
+                sequence.finish, sequence.error = FinishReason.ERROR, DEADLINE_PASSED
                 self._outbox.append(self._end(sequence))
         self._prune_ended()
         out, self._outbox = self._outbox, []

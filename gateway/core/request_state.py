@@ -15,6 +15,7 @@ from enum import StrEnum
 import msgspec
 
 from engine.protocol import (
+    DEADLINE_PASSED,
     FinishReason,
     GenerateRequest,
     KvSource,
@@ -123,6 +124,10 @@ class Fail(Effect, frozen=True):
 
     message: str
     reason: RejectReason | None = None
+
+
+class TimedOut(Effect, frozen=True):
+    """The engine has seen before us that the client's time is over."""
 
 
 class Requeue(Effect, frozen=True):
@@ -305,6 +310,8 @@ class ChoiceState:
             return effects + self._interrupt(entry.interruption.reason, entry.interruption.kv_source)
         if finish is not None:
             return effects + self._end()
+        if entry.error == DEADLINE_PASSED:
+            return [*effects, *self._end(), TimedOut()]
         if entry.finish is not None:
             return [*effects, *self._end(), Fail(entry.error or f"generation ended: {entry.finish}")]
         return effects

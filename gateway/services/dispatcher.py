@@ -393,6 +393,8 @@ class Dispatcher:
                 generation.put(Delivery(running.index, ids, finish, cached_tokens, logprobs, prompt_logprobs))
             case request_state.Fail(message, reason):
                 self._fail(running, _failure(message, reason))
+            case request_state.TimedOut():
+                self._fail(running, timed_out(running.timeout_s))
             case request_state.Requeue(pipeline, reason, backoff):
                 if not backoff:
                     self.accounts.metrics.left_pipeline()

@@ -18,7 +18,15 @@ from engine.backends.tensorrt_llm.wire import Abort, Generate, Tokens
 from engine.core.frames import shortened
 from engine.core.scheduler_types import OutEntry
 from engine.core.sequence import Event, Sequence, SequenceKey, invalid_field
-from engine.protocol import FinishReason, GenerateRequest, Interruption, RejectReason, SubmitReply, TokenEntry
+from engine.protocol import (
+    DEADLINE_PASSED,
+    FinishReason,
+    GenerateRequest,
+    Interruption,
+    RejectReason,
+    SubmitReply,
+    TokenEntry,
+)
 
 WAITING_PER_SLOT: Final = 4
 ENDED_KEPT: Final = 512
@@ -144,7 +152,7 @@ class RequestTable:
         for sequence in self._all():
             deadline_s = sequence.request.deadline_s
             if deadline_s is not None and deadline_s <= now_s:
-                self._fail(sequence, "deadline", now_s)
+                self._fail(sequence, DEADLINE_PASSED, now_s)
         while self._ended:
             key, oldest = next(iter(self._ended.items()))
             if len(self._ended) <= ENDED_KEPT and oldest.ended_s > now_s - ENDED_KEPT_S:

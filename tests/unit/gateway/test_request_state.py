@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.protocol import (
+    DEADLINE_PASSED,
     FinishReason,
     Interruption,
     KvHolder,
@@ -167,6 +168,13 @@ def test_engine_error_fails_after_its_tokens():
     state = make()
     effects = arrive(state, 0, 0, finish=FinishReason.ERROR, error="boom")
     assert effects == [rs.Fail("boom")]
+
+
+def test_a_request_that_the_engine_ends_at_its_deadline_has_timed_out():
+    state = make()
+    effects = arrive(state, 0, 2, finish=FinishReason.ERROR, error=DEADLINE_PASSED)
+    assert effects == [rs.Deliver(LOG[:2], None, 0), rs.TimedOut()]
+    assert state.phase is Phase.FINISHED
 
 
 def ask(state, now_s):
