@@ -69,6 +69,7 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     bad_words: Any = None
     truncate_prompt_tokens: Any = None
     skip_special_tokens: bool | None = None
+    use_beam_search: Any = None
 
     @property
     def num_samples(self) -> int:
@@ -122,6 +123,10 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True):
     modalities: Any = None
     audio: Any = None
     chat_template: Any = None
+    add_generation_prompt: Any = None
+    continue_final_message: Any = None
+    echo: Any = None
+    best_of: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @property
@@ -142,6 +147,7 @@ class CompletionBody(GenerationBody, frozen=True, kw_only=True):
     echo: bool | None = None
     best_of: Annotated[int, msgspec.Meta(ge=1, le=20)] | None = None
     suffix: str | None = None
+    prompt_embeds: Any = None
     add_special_tokens: bool | None = None
 
     @property
@@ -159,14 +165,21 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "truncate_prompt_tokens": (),
     "skip_special_tokens": (True,),
+    "use_beam_search": (False,),
+}
+"""Values that leave the answer as it is, beside null, of fields that are not served."""
+_NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
     "functions": (),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
     "chat_template": (),
-    "suffix": ("",),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "best_of": (1,),
 }
-"""Values that leave the answer as it is, beside null, of fields that are not served."""
+_NEUTRAL_COMPLETION: Mapping[str, tuple[Any, ...]] = {"suffix": ("",), "prompt_embeds": ()}
 
 _Body = TypeVar("_Body", ChatBody, CompletionBody)
 _Decoded = TypeVar("_Decoded")
@@ -206,8 +219,9 @@ def _invalid(message: str) -> ApiError:
 
 
 def _check_served(body: GenerationBody) -> None:
-    for name, neutral in _NEUTRAL.items():
-        value = getattr(body, name, None)
+    of_endpoint = _NEUTRAL_CHAT if isinstance(body, ChatBody) else _NEUTRAL_COMPLETION
+    for name, neutral in (*_NEUTRAL.items(), *of_endpoint.items()):
+        value = getattr(body, name)
         # `0` of an int field and `False` of a bool field are different things and equal in Python.
         same = any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
         if value is not None and not same:

@@ -58,12 +58,13 @@ def json_lark(schema: Mapping[str, Any] | bool, *, lenient: bool) -> str:
     """A schema as an expression of a Lark rule; `lenient`: keywords that cannot be enforced are left out of account."""
     options = {"whitespace_pattern": WHITE_SPACE, "lenient": lenient}
     whole = {} if schema is True else {"not": {}} if schema is False else dict(schema)
-    return "%json " + json.dumps({**whole, "x-guidance": options}, ensure_ascii=False)
+    return "%json " + literal({**whole, "x-guidance": options})
 
 
-def literal(text: str) -> str:
-    """`text` as a string of Lark."""
-    return json.dumps(text, ensure_ascii=False)
+def literal(value: Any) -> str:
+    """`value` as Lark writes it: strings, and JSON after %json."""
+    # The lexer refuses this one control character, which JSON leaves as it is.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def after_reasoning(grammar: str, end: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
-from litestar import Request, get
+from litestar import HttpMethod, Request, get, route
 from litestar.exceptions import NotFoundException
 from litestar.types import ASGIApp
 
@@ -15,13 +15,17 @@ from gateway.services.front import Front
 _LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 
 
-@get("/health")
+_READ = (HttpMethod.GET, HttpMethod.HEAD)
+"""Health checks of balancers and containers often ask for the status alone."""
+
+
+@route("/health", http_method=_READ)
 async def health() -> ASGIApp:
     """200 for as long as the process answers."""
     return JsonReply({"status": "alive"})
 
 
-@get("/ready")
+@route("/ready", http_method=_READ)
 async def ready(request: Request[Any, Any, Any]) -> ASGIApp:
     """200 if a pipeline would take a request now, else 503 with the reason."""
     front: Front = request.app.state.front

@@ -210,12 +210,17 @@ async def next_bytes(events: AsyncIterator[bytes]) -> bytes:
 
 
 async def json_body(request: Request[Any, Any, Any]) -> bytes:
-    """The body of a JSON request. Raises ApiError: 415 for another content type, 400 for an empty one."""
+    """The body of a JSON request. Raises ApiError: 415 for another content type or encoding, 400 for an empty one."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise ApiError(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             f"Content-Type must be application/json, not {content_type[:80] or 'missing'}",
+        )
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"Content-Encoding {encoding[:80]} is not read; send the body as it is"
         )
     body = await request.body()
     if not body:

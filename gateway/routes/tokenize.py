@@ -51,7 +51,7 @@ async def detokenize(request: Request[Any, Any, Any]) -> ASGIApp:
     front: Front = request.app.state.front
     body = decode(await json_body(request), DetokenizeBody)
     front.check_model(body.model or front.model_name)
-    ids = checked_ids(body.tokens, "tokens", front.tokenizer.vocab_size)
+    ids = checked_ids(body.tokens, "tokens", front.tokenizer.vocab_size) if body.tokens else []
     return JsonReply({"prompt": front.tokenizer.decode(ids)})
 
 

@@ -187,6 +187,11 @@ async def test_framework_errors_have_the_envelope(stack):
         (404, "model_not_found"),
     ]
     assert "POST" in method.headers["allow"]
+    packed = await stack.http.post(
+        "/v1/completions", content=b"{}", headers={"content-type": "application/json", "content-encoding": "gzip"}
+    )
+    assert packed.status_code == 415
+    assert "gzip" in packed.json()["error"]["message"]
     assert all(set(r.json()["error"]) == {"message", "type", "param", "code"} for r in (unknown, large))
     assert all(r.headers["x-request-id"] for r in (unknown, method, media, large))
 
@@ -227,6 +232,9 @@ async def test_models_and_health(stack):
     assert models["object"] == "list"
     assert models["data"][0]["max_model_len"] == 1024
     assert (await stack.http.get("/health")).status_code == 200
+    for path in ("/health", "/ready"):
+        head = await stack.http.head(path)
+        assert (head.status_code, head.content) == (200, b"")
     stack.engine.pipelines["p0"].ready = False
     async with asyncio.timeout(5):
         while (response := await stack.http.get("/ready")).status_code == 200:
@@ -328,6 +336,7 @@ async def test_tokenize_and_back(stack, tokenizer):
     assert reply["max_model_len"] == 1024
     back = (await stack.http.post("/detokenize", json={"model": "tiny-chat", "tokens": reply["tokens"]})).json()
     assert back == {"prompt": "hello world"}
+    assert (await stack.http.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}
     chat = await stack.sdk.chat.completions.create(model="tiny-chat", messages=HELLO, max_tokens=1)
     counted = (await stack.http.post("/tokenize", json={"messages": HELLO})).json()
     assert counted["count"] == chat.usage.prompt_tokens

@@ -93,6 +93,8 @@ def schema_format(schema, **fields):
         ({"guided_json": json.dumps(PERSON)}, ['{"name": "Al", "age": 1}'], ["{}"]),
         ({"guided_regex": r"\d{3}/[a-c]+"}, ["123/abc"], ["12/abc", "123/abcd"]),
         ({"guided_choice": ["yes", 'n"o', "n\u00f6"]}, ["yes", 'n"o', "n\u00f6"], ["ye", "yesno", "no"]),
+        ({"guided_choice": ["a\x7f\\", "\x01\n"]}, ["a\x7f\\", "\x01\n"], ["a", "a\\u007f"]),
+        ({"guided_json": {"const": "\x7f"}}, ['"\\u007F"', '"\\u007f"'], ['"x"']),
         ({"guided_grammar": 'root ::= "a" ("b" | "c")+'}, ["abcb"], ["a", "b"]),
         ({"guided_grammar": 'start: "a" x\nx: "b"'}, ["ab"], ["a"]),
     ],
