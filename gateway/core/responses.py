@@ -41,7 +41,11 @@ class ResponseBody(msgspec.Struct, frozen=True, kw_only=True):
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=0)] | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
-    priority: int | None = None
+    include: list[str] | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    # Known, and refused.
+    conversation: Any = None
+    prompt: Any = None
 
     @property
     def is_stored(self) -> bool:
@@ -55,6 +59,11 @@ def chat_body(body: ResponseBody, history: list[ChatMessage]) -> ChatBody:
     """
     if body.truncation == "auto":
         raise bad_request("truncation: auto is not served; nothing is cut silently", "truncation")
+    for name in ("conversation", "prompt"):
+        if getattr(body, name) is not None:
+            raise bad_request(f"{name} is not served; input and previous_response_id are", name)
+    if "message.output_text.logprobs" in (body.include or []):
+        raise bad_request("include: logprobs of responses are not served", "include")
     messages = [*history, *input_messages(body.input)]
     if body.instructions:
         messages.insert(0, ChatMessage(role="system", content=body.instructions))
@@ -74,6 +83,12 @@ def chat_body(body: ResponseBody, history: list[ChatMessage]) -> ChatBody:
         response_format=_response_format(body.text),
         priority=body.priority,
     )
+
+
+def own_param(param: str | None) -> str | None:
+    """The field of a response for the field of a chat that an error names."""
+    names = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens"}
+    return names.get(param, param) if param is not None else None
 
 
 def input_messages(given: str | list[dict[str, Any]]) -> list[ChatMessage]:
@@ -289,6 +304,8 @@ def _copied(item: dict[str, Any]) -> dict[str, Any]:
 def _message(item: dict[str, Any], at: str) -> ChatMessage | None:
     kind = item.get("type", "message")
     if kind == "message":
+        if item.get("content") is None:
+            raise bad_request(f"{at}.content is required", f"{at}.content")
         try:
             return msgspec.convert({**item, "content": _content(item.get("content"), at)}, ChatMessage)
         except msgspec.ValidationError as error:

@@ -57,12 +57,10 @@ async def cancel_response(request: Request[Any, Any, Any]) -> ASGIApp:
 
 @delete("/v1/responses/{response_id:str}", status_code=200)
 async def delete_response(request: Request[Any, Any, Any]) -> ASGIApp:
-    """Forget a response."""
+    """Forget a response; one that runs in the background is stopped."""
     responses: Responses = request.app.state.responses
     response_id = _id(request)
-    if await responses.store.get(response_id, _owner(request)) is None:
-        raise not_found(response_id)
-    await responses.store.delete(response_id)
+    await responses.delete(response_id, _owner(request))
     return JsonReply({"id": response_id, "object": "response", "deleted": True})
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 import nats.errors
 import nats.js.errors
-from nats.js.api import KeyValueConfig
+from nats.js.api import DiscardPolicy, KeyValueConfig
 from nats.js.kv import KeyValue
 
 from gateway.errors import ApiError, unavailable
@@ -32,7 +32,7 @@ class StoredResponse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResponseStore:
-    """One bucket of the model; a response is kept for an hour."""
+    """One bucket of the model; a response is kept for an hour, or less if the bucket is full: the oldest go first."""
 
     def __init__(self, bus: Bus, model: str) -> None:
         self._bus = bus
@@ -41,12 +41,15 @@ class ResponseStore:
         self._opening = asyncio.Lock()
 
     async def put(self, stored: StoredResponse) -> None:
-        """Keep it. Raises ApiError (503) if the store cannot be reached."""
+        """Keep it; of one that is too large, that it is. Raises ApiError (503) if the store cannot be reached."""
         data = msgspec.json.encode(stored)
         try:
-            await (await self._open()).put(str(stored.response["id"]), data)
-        except nats.errors.MaxPayloadError:
-            _log.warning("response %s is too large to be kept: %d bytes", stored.response["id"], len(data))
+            bucket, key = await self._open(), str(stored.response["id"])
+            try:
+                await bucket.put(key, data)
+            except nats.errors.MaxPayloadError:
+                _log.warning("response %s is too large to be kept: %d bytes", key, len(data))
+                await bucket.put(key, msgspec.json.encode(_too_large(stored)))
         except _ERRORS as error:
             raise _unreachable() from error
 
@@ -71,9 +74,36 @@ class ResponseStore:
     async def _open(self) -> KeyValue:
         async with self._opening:
             if self._bucket is None:
-                config = KeyValueConfig(bucket=self._bucket_name, ttl=KEPT_S, max_bytes=MAX_BYTES)
-                self._bucket = await self._bus.jetstream().create_key_value(config)
+                self._bucket = await self._found_or_made()
         return self._bucket
+
+    async def _found_or_made(self) -> KeyValue:
+        stream = self._bus.jetstream()
+        try:
+            bucket = await stream.key_value(self._bucket_name)
+        except nats.js.errors.NotFoundError:
+            config = KeyValueConfig(bucket=self._bucket_name, ttl=KEPT_S, max_bytes=MAX_BYTES)
+            bucket = await stream.create_key_value(config)
+        # The client makes buckets that refuse what is new when they are full.
+        info = await stream.stream_info(f"KV_{self._bucket_name}")
+        if info.config.discard is not DiscardPolicy.OLD:
+            await stream.update_stream(info.config.evolve(discard=DiscardPolicy.OLD))
+        return bucket
+
+
+def _too_large(stored: StoredResponse) -> StoredResponse:
+    without = {
+        "status": "failed",
+        "error": {"code": "server_error", "message": "The response is too large to be kept."},
+        "output": [],
+        "instructions": None,
+        "metadata": {},
+        "tools": [],
+        "tool_choice": "auto",
+        "text": {"format": {"type": "text"}},
+        "user": None,
+    }
+    return StoredResponse(response=stored.response | without, conversation=[], owner=stored.owner)
 
 
 def _unreachable() -> ApiError:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 from gateway.core import sse
-from gateway.core.responses import ResponseBody, ResponseFold, answered_messages, chat_body, input_messages
+from gateway.core.responses import (
+    ResponseBody,
+    ResponseFold,
+    answered_messages,
+    chat_body,
+    input_messages,
+    own_param,
+)
 from gateway.core.tools.definitions import tool_use
 from gateway.errors import ApiError, bad_request
 from gateway.openai import ChatMessage
@@ -17,6 +25,10 @@ from gateway.services.answer import Answer
 from gateway.services.bus import Bus
 from gateway.services.front import RESPONSE, Front, Prompt
 from gateway.services.response_store import ResponseStore, StoredResponse
+
+_log = logging.getLogger(__name__)
+
+UNFINISHED: Final = ("queued", "in_progress")
 
 
 def not_found(response_id: str) -> ApiError:
@@ -31,7 +43,7 @@ class RunningResponse:
         self.answer = answer
         self.fold = fold
         self._conversation = conversation
-        self._owner = owner
+        self.owner = owner
 
     async def events(self) -> AsyncIterator[list[dict[str, Any]]]:
         """Events as they come; the last one is there however it ends."""
@@ -56,7 +68,7 @@ class RunningResponse:
         """As it is now."""
         output = self.fold.response["output"]
         conversation = [*self._conversation, *answered_messages(output)]
-        return StoredResponse(response=self.fold.response, conversation=conversation, owner=self._owner)
+        return StoredResponse(response=self.fold.response, conversation=conversation, owner=self.owner)
 
 
 class Responses:
@@ -76,10 +88,14 @@ class Responses:
         self._front.check_model(body.model)
         history = await self._history(body.previous_response_id, owner)
         chat = chat_body(body, history)
-        tools = tool_use(chat)
-        prompt: Prompt = await asyncio.to_thread(self._front.chat_prompt, chat)
-        shape = await self._front.structure.shape(chat, tools, prompt.text)
-        answer = self._front.start(RESPONSE, chat, [prompt], headers, grammar=shape.grammar, parser=shape.parser)
+        try:
+            tools = tool_use(chat)
+            prompt: Prompt = await asyncio.to_thread(self._front.chat_prompt, chat)
+            shape = await self._front.structure.shape(chat, tools, prompt.text)
+            answer = self._front.start(RESPONSE, chat, [prompt], headers, grammar=shape.grammar, parser=shape.parser)
+        except ApiError as error:
+            error.param = own_param(error.param)
+            raise
         fold = ResponseFold(answer.id, int(time.time()), body)
         return RunningResponse(answer, fold, [*history, *input_messages(body.input)], owner)
 
@@ -108,9 +124,13 @@ class Responses:
         return queued
 
     async def keep(self, running: RunningResponse) -> None:
-        """Store it, if the client wants that."""
-        if running.fold.response["store"]:
+        """Store it, if the client wants that. The answer is there, with or without the store."""
+        if not running.fold.response["store"]:
+            return
+        try:
             await self.store.put(running.stored())
+        except ApiError as error:
+            _log.warning("response %s is not kept: %s", running.fold.id, error)
 
     async def cancel(self, response_id: str, owner: str) -> dict[str, Any]:
         """Stop a response that runs in the background, here or in another gateway. Raises ApiError."""
@@ -119,12 +139,20 @@ class Responses:
             raise not_found(response_id)
         if not stored.response["background"]:
             raise bad_request("only responses that run in the background can be cancelled", "response_id")
-        if stored.response["status"] not in ("queued", "in_progress"):
+        if stored.response["status"] not in UNFINISHED:
             return stored.response
         stored.response["status"] = "cancelled"
         await self.store.put(stored)
         await self._bus.cancel_response(response_id)
         return stored.response
+
+    async def delete(self, response_id: str, owner: str) -> None:
+        """Forget it, and stop it if it still runs. Raises ApiError."""
+        stored = await self.store.get(response_id, owner)
+        if stored is None:
+            raise not_found(response_id)
+        await self.store.delete(response_id)
+        await self._bus.cancel_response(response_id)
 
     def _on_cancelled(self, response_id: str) -> None:
         """Somebody has cancelled it: end it, if it runs here."""
@@ -141,17 +169,28 @@ class Responses:
 
     async def _finish(self, running: RunningResponse) -> None:
         try:
-            await self.run(running)
+            began = False
+            async for _ in running.events():
+                if not began:
+                    began = True
+                    await self._update(running)
         except ApiError as error:
             running.fold.fail(error, running.answer.usage)
-            await self.store.put(running.stored())
         except asyncio.CancelledError:
             running.fold.cancel()
-            await self.store.put(running.stored())
             raise
         finally:
             running.answer.close()
             self._background.pop(running.fold.id, None)
+            await self._update(running)
+
+    async def _update(self, running: RunningResponse) -> None:
+        """Keep it as it is now, unless it has been deleted."""
+        try:
+            if await self.store.get(running.fold.id, running.owner) is not None:
+                await self.store.put(running.stored())
+        except ApiError as error:
+            _log.warning("response %s is not brought up to date: %s", running.fold.id, error)
 
     async def _history(self, previous_id: str | None, owner: str) -> list[ChatMessage]:
         if previous_id is None:
@@ -160,4 +199,6 @@ class Responses:
         if stored is None:
             message = f"Previous response `{previous_id[:100]}` not found."
             raise bad_request(message, "previous_response_id", "previous_response_not_found")
+        if stored.response["status"] in UNFINISHED:
+            raise bad_request(f"Previous response `{previous_id[:100]}` is not done.", "previous_response_id")
         return stored.conversation

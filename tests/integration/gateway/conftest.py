@@ -367,6 +367,7 @@ class FakeEngine:
 
     def __init__(self, client: Client, slug: str) -> None:
         self.client = client
+        self.slug = slug
         self.subjects = EngineSubjects(slug)
         self._planner = PlannerSubjects(slug)
         self.pipelines: dict[str, FakePipeline] = {}

@@ -74,6 +74,52 @@ async def test_background(stack, tokenizer):
         await asyncio.sleep(0.02)
 
 
+async def test_a_deleted_response_stays_away_and_stops(stack, tokenizer):
+    pipeline = say(stack, tokenizer, "Hello there." * 20)
+    pipeline.step_s = 0.05
+    begun = await stack.sdk.responses.create(model="tiny-chat", input="hi", background=True)
+    await settled(stack, begun.id, "in_progress")
+    with pytest.raises(openai.BadRequestError) as caught:
+        await stack.sdk.responses.create(model="tiny-chat", input="x", previous_response_id=begun.id)
+    assert caught.value.param == "previous_response_id"
+    await stack.sdk.responses.delete(begun.id)
+    await stack.until_counts(running=0)
+    # What ends after it is written after it.
+    pipeline.script, pipeline.step_s = pipeline.script[:3], 0.0
+    other = await stack.sdk.responses.create(model="tiny-chat", input="hi", background=True)
+    await settled(stack, other.id, "completed")
+    with pytest.raises(openai.NotFoundError):
+        await stack.sdk.responses.retrieve(begun.id)
+
+
+async def test_fields_are_named_as_the_client_knows_them(stack):
+    for fields, param in (
+        ({"text": {"format": {"type": "xml"}}}, "text.format"),
+        ({"input": "word " * 2000}, "input"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].function.name"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await stack.sdk.responses.create(**{"model": "tiny-chat", "input": "hi", **fields})
+        assert caught.value.param == param
+
+
+async def test_a_full_store_forgets_the_oldest(stack, tokenizer):
+    say(stack, tokenizer, "Hello.")
+    await stack.sdk.responses.create(model="tiny-chat", input="hi")
+    stream = stack.engine.client.jetstream()
+    name = f"KV_spotserve-{stack.engine.slug}-responses"
+    assert (await stream.stream_info(name)).config.discard == "old"
+
+
+async def test_what_is_too_large_says_so(stack, tokenizer):
+    say(stack, tokenizer, "Hello.")
+    answer = await stack.sdk.responses.create(model="tiny-chat", input="hi", metadata={"a": "x" * 2**21})
+    assert answer.output_text == "Hello."
+    kept = await stack.sdk.responses.retrieve(answer.id)
+    assert kept.status == "failed"
+    assert "too large" in kept.error.message
+
+
 async def test_not_stored(stack, tokenizer):
     say(stack, tokenizer, "Hello.")
     answer = await stack.sdk.responses.create(model="tiny-chat", input="hi", store=False)

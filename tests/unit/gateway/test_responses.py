@@ -127,6 +127,10 @@ def test_the_same_as_a_chat():
         ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "input[0].output"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"truncation": "auto"}, "truncation"),
+        ({"input": [{"role": "user", "content": None}]}, "input[0].content"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt"),
+        ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"text": {"format": 1}}, "text.format"),
     ],
 )
