@@ -8,6 +8,7 @@ EngineError
 +-- GrammarError            a grammar cannot be compiled, or not be followed any further; says why
 +-- PipelineBroken          a member of the pipeline died or was told to give up
 +-- EngineUnavailable       an engine of another make cannot be had here; says why, and what to do
+|   +-- ShapeRefused        it cannot take the shape of this pipeline, ever; another shape may do
 +-- TransferError           context could not be fetched from a holder; names holder and unit
 |   +-- CorruptTransfer     it arrived, but its checksum or size is wrong
 +-- ModelError              a model cannot be served from what is there
@@ -64,6 +65,10 @@ class PipelineBroken(EngineError):
 
 class EngineUnavailable(EngineError):
     """An engine of another make (TensorRT-LLM) is not installed, of a wrong version, or cannot take the shape."""
+
+
+class ShapeRefused(EngineUnavailable):
+    """The engine cannot take the shape of this pipeline here, however often it is tried."""
 
 
 class TransferError(EngineError):

@@ -411,6 +411,8 @@ class RankProgress(Message, frozen=True, kw_only=True):
     regroup_s: float = 0.0
     phases_s: dict[str, float] = {}
     """With STARTED: seconds of each phase of the start of an engine that had to be built."""
+    names_shape: bool = False
+    """With PREPARE_FAILED: this engine cannot take a pipeline of this shape at all, so it is of no use to try again."""
 
 
 class Arrange(Message, frozen=True, kw_only=True):

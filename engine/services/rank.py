@@ -18,7 +18,7 @@ from engine.context.transport import ContextServer, as_ranges
 from engine.core.frames import in_frames
 from engine.core.roles import Position, change_role, position_of
 from engine.core.scheduler import OutEntry, PullOrder
-from engine.errors import EngineError
+from engine.errors import EngineError, ShapeRefused
 from engine.protocol import (
     CancelRequest,
     GenerateRequest,
@@ -224,7 +224,8 @@ class RankService:
                 cause,
                 exc_info=None if is_expected else error,
             )
-            await self._give_up(pipeline, Phase.PREPARE_FAILED, cause)
+            names_shape = isinstance(error, ShapeRefused)
+            await self._give_up(pipeline, Phase.PREPARE_FAILED, cause, names_shape=names_shape)
             return
         # Were it not wanted any more, this task had been cancelled.
         del self._preparing[pipeline]
@@ -270,9 +271,11 @@ class RankService:
     async def _tell(self, progress: RankProgress) -> None:
         await self._bus.publish(self._bus.planner.progress(progress.epoch), progress)
 
-    def _give_up(self, pipeline: str, phase: Phase, detail: str) -> Coroutine[Any, Any, None]:
+    def _give_up(
+        self, pipeline: str, phase: Phase, detail: str, *, names_shape: bool = False
+    ) -> Coroutine[Any, Any, None]:
         """It ends here, as a failure or not, and is not tried again; await the result to tell the planner."""
-        self._over[pipeline] = progress = self._progress(pipeline, phase, detail=detail)
+        self._over[pipeline] = progress = self._progress(pipeline, phase, detail=detail, names_shape=names_shape)
         self._report_due.set()
         return self._tell(progress)
 
@@ -282,6 +285,7 @@ class RankService:
         phase: Phase,
         *,
         detail: str = "",
+        names_shape: bool = False,
         report: PrepareReport | None = None,
         phases_s: Mapping[str, float] = MappingProxyType({}),
     ) -> RankProgress:
@@ -294,6 +298,7 @@ class RankService:
             phase=phase,
             at_s=time.time(),
             detail=detail,
+            names_shape=names_shape,
             pulled_bytes=report.pulled_bytes,
             pulled_from_disk_bytes=report.disk_bytes,
             pull_s=report.pull_s,

@@ -8,8 +8,9 @@ nothing more, so among equally cheap ones the one with most throughput wins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Final
 
 import msgspec
@@ -77,18 +78,27 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """The best that lets all present pipelines run on; None if there are none, or the targets forbid it."""
     weighed: list[Score]
     refused: dict[Shape, str]
-    """Shapes that the targets rule out."""
+    """Shapes that the targets or the ranks rule out, and why."""
     misfits: list[Shape]
     """Shapes that the model does not fit in."""
 
 
 def choose_layout(
-    costs: CostModel, supply: Supply, targets: Targets, present: Layout = NOTHING, scorer: Scorer | None = None
+    costs: CostModel,
+    supply: Supply,
+    targets: Targets,
+    present: Layout = NOTHING,
+    scorer: Scorer | None = None,
+    refusals: Mapping[Shape, str] = MappingProxyType({}),
 ) -> Choice:
-    """Weigh the layouts on up to `supply.num_ranks` ranks; `present` is what serves now, on some of them."""
+    """Weigh the layouts on up to `supply.num_ranks` ranks; `present` is what serves now, on some of them.
+
+    `refusals`: shapes that the ranks cannot take although the model fits in them, and why.
+    """
     scorer = scorer or Scorer(costs)
     fitting, misfits = feasible_shapes(costs, supply.num_ranks)
-    shapes, refused = _nearest_to_targets(fitting, targets)
+    shapes, refused = _nearest_to_targets([shape for shape in fitting if shape not in refusals], targets)
+    refused = {shape: refusals[shape] for shape in fitting if shape in refusals} | refused
     weighed = _nearest_to_data(weigh(scorer, shapes, supply.num_ranks, targets.data), targets)
     weighed += _smaller_ones(scorer, shapes, weighed, supply, targets)
     best, why = pick(weighed, supply, targets) if weighed else (None, "")

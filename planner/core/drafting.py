@@ -12,7 +12,7 @@ from planner.core.cost_model import CostModel
 from planner.core.device_mapper import Position, SlotShape, map_devices, positions_of, share_inheritance
 from planner.core.fleet import Rank
 from planner.core.hysteresis import Move
-from planner.core.layout import Layout, Shape
+from planner.core.layout import Layout, Shape, size_of
 from planner.core.migration_planner import Migration, kv_migration_s, plan_migration
 from planner.core.retirement import retiring_pipelines
 from planner.core.situation import Situation, number_of, shape_of
@@ -56,6 +56,9 @@ def draft(situation: Situation, fit: Fit, layout: Layout) -> Draft:
     retiring = retiring_pipelines(situation, {p.id for p in kept}, str(layout))
     pool = [rank for rank in fit.pool if rank.id not in taken]
     shapes = layout.missing_from(Layout.of(shape_of(pipeline) for pipeline in kept)).shapes()
+    trusted = [rank for rank in pool if rank.id not in situation.suspects]
+    if len(trusted) >= sum(size_of(shape) for shape in shapes):
+        pool = trusted
     new = _new_pipelines(situation, fit.costs, pool, shapes, retiring)
     return finish_draft(situation, kept, new, retiring, fit)
 

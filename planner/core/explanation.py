@@ -10,7 +10,7 @@ import msgspec
 
 from planner.core.alternatives import list_alternatives
 from planner.core.drafting import Draft, Fit, draft, pauses
-from planner.core.layout import Layout, Score
+from planner.core.layout import Layout, Score, in_words
 from planner.core.situation import Situation, layout_of, shape_of
 from planner.protocol import Alternative, Explanation, ParallelConfig, Pipeline
 
@@ -74,6 +74,7 @@ def _notes(situation: Situation, decision: Decision) -> list[str]:
         notes.append(f"no rank holds {len(from_disk)} layers, or parts of them: they are read from disk")
     if situation.excluded_ranks:
         notes.append(f"excluded after failing to prepare: {', '.join(sorted(situation.excluded_ranks))}")
+    notes += [f"{in_words(shape)}: {why}" for shape, why in situation.refusals(decision.fit.costs.memory_bytes).items()]
     heirless = {r.pipeline.id for r in chosen.retiring if not r.broken} - {i for p in chosen.new for i in p.inherits}
     if heirless:
         notes.append(

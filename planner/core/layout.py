@@ -70,9 +70,12 @@ class Layout(msgspec.Struct, frozen=True):
         if not self.counts:
             return "no pipelines"
         parts = Counter(self.shapes()).items()
-        return " and ".join(
-            f"{_count(n, 'pipeline')} of {_count(p, 'stage')} x {_count(m, 'shard')}" for (p, m), n in parts
-        )
+        return " and ".join(f"{_count(number, 'pipeline')} of {in_words(shape)}" for shape, number in parts)
+
+
+def in_words(shape: Shape) -> str:
+    """`2 stages x 1 shard`."""
+    return f"{_count(shape[0], 'stage')} x {_count(shape[1], 'shard')}"
 
 
 def _count(number: int, noun: str) -> str:

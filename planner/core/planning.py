@@ -45,7 +45,7 @@ def make_plan(situation: Situation, now_s: float) -> Plan | None:
 def _decide(situation: Situation, now_s: float) -> Decision:
     candidates = [rank for rank in situation.ranks.values() if rank.id not in situation.excluded_ranks]
     lasting = situation.lasting(candidates, now_s)
-    fit = _fit_largest(situation, lasting)
+    fit = _fit_at_all(situation, lasting)
     if fit.choice.best is not None:
         return _settle(situation, fit, now_s)
     intact = situation.intact_pipelines()
@@ -55,7 +55,7 @@ def _decide(situation: Situation, now_s: float) -> Decision:
         note = "no other ranks are left: pipelines on instances under notice serve until the deadline"
         return Decision(fit=fit, draft=finish_draft(situation, kept, [], retiring, fit), score=None, notes=[note])
     if len(candidates) > len(lasting):
-        fit = _fit_largest(situation, candidates)
+        fit = _fit_at_all(situation, candidates)
         if fit.choice.best is not None:
             decision = _settle(situation, fit, now_s)
             note = "no other ranks are left: ranks under notice are used"
@@ -63,6 +63,21 @@ def _decide(situation: Situation, now_s: float) -> Decision:
     why = f"the model does not fit on {len(candidates)} ranks" if candidates else "there are no ranks"
     nothing = finish_draft(situation, [], [], retiring_pipelines(situation, (), ""), fit)
     return Decision(fit=fit, draft=nothing, score=None, notes=[f"no pipeline: {why}; requests wait"])
+
+
+def _fit_at_all(situation: Situation, pool: list[Rank]) -> Fit:
+    """Without the shapes that were refused if that is possible, else without the ranks that they failed on."""
+    fit = _fit_largest(situation, pool)
+    if fit.choice.best is not None or not situation.refused_shapes:
+        return fit
+    desperate = msgspec.structs.replace(situation, refused_shapes={})
+    trusted = [rank for rank in pool if rank.id not in situation.suspects]
+    note = "only shapes that failed before are left"
+    for ranks in (trusted, pool):
+        tried = _fit_largest(desperate, ranks)
+        if tried.choice.best is not None:
+            return msgspec.structs.replace(tried, notes=[note, *tried.notes])
+    return fit
 
 
 def _fit_largest(situation: Situation, pool: list[Rank]) -> Fit:
@@ -89,7 +104,8 @@ def _fit(situation: Situation, pool: list[Rank], notes: list[str]) -> Fit:
         num_ranks_per_instance=situation.num_ranks_per_instance,
         num_paid_instances=situation.num_paid_instances if situation.can_release else None,
     )
-    choice = choose_layout(costs, supply, situation.targets, layout_of(present))
+    refusals = situation.refusals(costs.memory_bytes)
+    choice = choose_layout(costs, supply, situation.targets, layout_of(present), refusals=refusals)
     return Fit(costs=costs, supply=supply, choice=choice, pool=pool, present=present, intact=intact, notes=notes)
 
 

@@ -86,6 +86,8 @@ class Rollout:
         """By pipeline: ranks that are prepared, or run it."""
         self._started: set[str] = set()
         """Pipelines that some rank has been heard to run."""
+        self._said_started: set[str] = set()
+        """Those of them that have said so themselves."""
         self._seen_running: set[str] = set()
         """Those of them that an inventory has shown: progress messages may overtake inventories."""
         self._since_epoch: dict[str, int] = {}
@@ -132,6 +134,7 @@ class Rollout:
         ids = set(self._planned)
         self._started &= ids | set(self.retirements)
         self._seen_running &= self._started
+        self._said_started &= self._started
         if is_restored:
             self._may_run = frozenset(ids)
         # Ranks discard what they prepared for a pipeline that a plan ends before it has started.
@@ -151,6 +154,7 @@ class Rollout:
             self._note_prepared(progress.pipeline, progress.rank, now_s)
         if progress.phase is Phase.STARTED and progress.pipeline in {*self._planned, *self.retirements}:
             self._started.add(progress.pipeline)
+            self._said_started.add(progress.pipeline)
         elif progress.phase is Phase.STOPPED:
             self.retirements.pop(progress.pipeline, None)
 
@@ -217,6 +221,15 @@ class Rollout:
     def settled(self) -> frozenset[str]:
         """Pipelines of the plan whose ranks are all prepared."""
         return frozenset(self._planned.keys() - self._waiting.keys())
+
+    def serving(self) -> list[Pipeline]:
+        """Of the plan and of `retirements`: those that have said that they serve.
+
+        That a rank runs its part does not tell: its engine may still be built, and that may fail.
+        """
+        known = [*self._planned.values(), *(r.retiring.pipeline for r in self.retirements.values())]
+        ids = self._said_started | (self._may_run & self._started)
+        return [pipeline for pipeline in known if pipeline.id in ids]
 
     def untouched(self) -> frozenset[str]:
         """Pipelines of the plan that no rank has prepared yet."""

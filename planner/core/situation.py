@@ -14,11 +14,14 @@ from planner.core.fleet import Rank
 from planner.core.layout import Layout, Shape
 from planner.core.links import Links, uniform_links
 from planner.core.profile import Profile
+from planner.core.setbacks import RefusedShape
 from planner.protocol import ModelShape, Pipeline, Plan, Retiring, StepProfile
 
 SHORT_NOTICE_S: Final = 30.0
 """With so much time left beyond what handing over takes, an instance under notice is planned away. It is the usual
 notice of clouds: one that is longer buys service, not safety."""
+MORE_MEMORY: Final = 1.1
+"""Ranks with so much more than one that refused a shape are another kind: they may take it."""
 CALM_S: Final = 300.0
 """Expected time to the next event where nobody has watched the fleet."""
 
@@ -35,6 +38,10 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     cause_at_s: float
     excluded_ranks: frozenset[str] = frozenset()
     """Get no position for now: they failed to prepare too often."""
+    refused_shapes: Mapping[Shape, RefusedShape] = {}
+    """Not planned for now, unless nothing else is possible: ranks failed to prepare them too often."""
+    suspects: frozenset[str] = frozenset()
+    """Ranks that `refused_shapes` failed on: they come last."""
     ruined: frozenset[str] = frozenset()
     """Pipelines of the last plan that must be built anew although their ranks live."""
     settled: frozenset[str] = frozenset()
@@ -81,6 +88,14 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
             step_tokens=self.step_tokens,
             corrections=self.corrections,
         )
+
+    def refusals(self, memory_bytes: int) -> dict[Shape, str]:
+        """Shapes that ranks of about this memory cannot take for now, and why."""
+        return {
+            shape: f"not tried for now, it failed on {refused.why}"
+            for shape, refused in self.refused_shapes.items()
+            if memory_bytes < MORE_MEMORY * refused.memory_bytes
+        }
 
     def is_intact(self, pipeline: Pipeline) -> bool:
         """All its ranks live, and are the processes that they were when it was planned."""

@@ -24,7 +24,6 @@ from planner.core.effects import (
     Event,
     ForgetInstance,
     InstanceReached,
-    ProbeInstances,
     PublishAdvice,
     PublishArrange,
     PublishDesired,
@@ -34,6 +33,7 @@ from planner.core.effects import (
     Tick,
     WatchInstance,
 )
+from planner.core.faults import Faults
 from planner.core.fleet import OUTLIVED_S, Fleet, Sign
 from planner.core.intake import check_inventory, check_load, check_notice
 from planner.core.invariants import check_plan
@@ -44,7 +44,6 @@ from planner.core.profile import Profile
 from planner.core.provisioning import Provisioning
 from planner.core.refine import Corrections
 from planner.core.rollout import Rollout
-from planner.core.setbacks import Setbacks
 from planner.errors import ModelMismatchError, ProfileError
 from planner.protocol import (
     Explanation,
@@ -68,8 +67,6 @@ from planner.protocol import (
 
 JOIN_SETTLE_S: Final = 0.3
 """Instances that join together get one plan."""
-BREAK_WAIT_S: Final = 0.3
-"""How long a broken pipeline waits for the lost instance that explains it."""
 RESTORE_HOLD_S: Final = 4.0
 """How long a restarted planner waits for the instances of its plan: inventories come every 2 s."""
 HISTORY: Final = 20
@@ -100,13 +97,9 @@ class PlannerState:
         self.model: ModelShape | None = None
         self.history: deque[Explanation] = deque(maxlen=HISTORY)
         self._rollout = Rollout()
-        self._setbacks = Setbacks()
         self._load = Load()
-        self._ruined: set[str] = set()
-        """Pipelines of the plan that failed although their ranks live."""
-        self._break_until_s: dict[str, float] = {}
-        """Broken pipelines whose lost instance is not known yet."""
         self._agenda = Agenda()
+        self._faults = Faults(self._agenda)
         self._prepare_timeout_s = prepare_timeout_s
         self._is_advisory = is_advisory
         self._provisioning = Provisioning(limits) if limits is not None else None
@@ -147,9 +140,8 @@ class PlannerState:
         return min(
             self._hold_until_s if self._awaited else self._agenda.due_at_s,
             self.fleet.next_wakeup_s(),
-            self._setbacks.next_wakeup_s(),
+            self._faults.next_wakeup_s(),
             self._rollout.next_wakeup_s(now_s, self._prepare_timeout_s),
-            *self._break_until_s.values(),
         )
 
     def status(self, now_s: float) -> Status:
@@ -225,7 +217,7 @@ class PlannerState:
         for rank in inventory.ranks:
             self._note_measured_step(rank, now_s)
         for name in self._rollout.note_inventory(inventory, now_s):
-            self._break_until_s.setdefault(name, now_s + BREAK_WAIT_S)
+            self._faults.note_over(name, now_s)
 
     def _hear_reached(self, name: str, now_s: float) -> list[Effect]:
         instance = self.fleet.instances.get(name)
@@ -303,39 +295,24 @@ class PlannerState:
     def _hear_progress(self, progress: RankProgress, now_s: float) -> list[Effect]:
         self._rollout.note_progress(progress, now_s)
         pipeline = self._current(progress.pipeline)
-        if pipeline is None or progress.pipeline in self._ruined:
+        if pipeline is None or progress.pipeline in self._faults.ruined:
             return []
-        fields = {"pipeline": pipeline.id, "rank": progress.rank, "detail": progress.detail}
         if progress.phase is Phase.PREPARE_FAILED:
-            self._ruin(pipeline, progress.rank, f"{progress.rank} could not prepare {pipeline.id}", now_s)
-            return [Report(event="prepare failed", fields=fields, severity=Severity.WARNING)]
+            memory_bytes = self._memory_bytes_of(progress.rank)
+            return self._faults.note_prepare_failed(pipeline, progress, memory_bytes, self._rollout.serving(), now_s)
         if progress.phase is Phase.STOPPED and self._is_planned(pipeline.id):
-            # It was told to stop before the plan took it back, and the plan came too late.
-            self._ruined.add(pipeline.id)
-            self._want_decision(f"{pipeline.id} has stopped although it is planned", now_s, now_s)
-            return [Report(event="pipeline stopped", fields=fields)]
-        if progress.phase is Phase.BROKEN and pipeline.id not in self._break_until_s:
-            self._break_until_s[pipeline.id] = now_s + BREAK_WAIT_S
-            instances = sorted({shard.instance for stage in pipeline.stages for shard in stage.shards})
-            return [
-                ProbeInstances(instances=instances),
-                Report(event="pipeline broken", fields=fields, severity=Severity.WARNING),
-            ]
+            return self._faults.note_stopped(pipeline, progress, now_s)
+        if progress.phase is Phase.BROKEN:
+            return self._faults.note_broken(pipeline, progress, now_s)
         return []
 
     # --- Decide ---
 
     def _advance(self, now_s: float) -> list[Effect]:
         effects = self._end_states(now_s)
-        for name, until_s in list(self._break_until_s.items()):
-            pipeline = self._current(name)
-            if until_s <= now_s and pipeline is not None:
-                self._ruin(pipeline, None, f"{name} broke, and all its instances live", now_s)
-            if until_s <= now_s or pipeline is None:
-                del self._break_until_s[name]
-        effects += self._end_hangs(now_s)
-        for rank in self._setbacks.pop_expired(now_s):
-            self._want_decision(f"{rank} may be tried again", now_s, now_s)
+        for pipeline, waiting in self._rollout.hung(now_s, self._prepare_timeout_s):
+            effects += self._faults.note_hung(pipeline, waiting, now_s)
+        self._faults.advance(self._all_current(), self._rollout.serving(), now_s)
         effects += self._end_hold(now_s)
         if not self._awaited and self._agenda.due_at_s <= now_s:
             effects += self._decide(now_s)
@@ -354,20 +331,6 @@ class PlannerState:
                 effects += self._withdraw_notice(instance.id, why, now_s)
             else:
                 effects += self._lose(instance.id, "its notice ran out before it joined", now_s, now_s)
-        return effects
-
-    def _end_hangs(self, now_s: float) -> list[Effect]:
-        effects: list[Effect] = []
-        for pipeline, waiting in self._rollout.hung(now_s, self._prepare_timeout_s):
-            if pipeline.id in self._ruined:
-                continue
-            names = ", ".join(waiting)
-            culprit = waiting[0] if len(waiting) == 1 else None
-            self._ruined.add(pipeline.id)
-            retry_at_s = self._setbacks.note_hang(frozenset(pipeline.ranks()), culprit, now_s)
-            self._want_decision(f"{names} did not prepare {pipeline.id} in time", now_s, retry_at_s)
-            fields = {"pipeline": pipeline.id, "waits_for": names}
-            effects.append(Report(event="prepare hangs", fields=fields, severity=Severity.WARNING))
         return effects
 
     def _end_hold(self, now_s: float) -> list[Effect]:
@@ -404,7 +367,7 @@ class PlannerState:
         self.history.appendleft(plan.explanation)
         self._rollout.adopt(plan, migration_s, now_s)
         ids = {p.id for p in [*plan.pipelines, *(r.pipeline for r in plan.retiring)]}
-        self._ruined &= ids
+        self._faults.forget_all_but(ids)
         self._corrections = self._corrections.without(set(self._corrections.num_steps) - ids)
         self._note_fleet(has_changed=True)
         return [PublishPlan(plan=plan)]
@@ -440,8 +403,10 @@ class PlannerState:
             last=self.plan,
             cause=cause,
             cause_at_s=cause_at_s,
-            excluded_ranks=self._setbacks.excluded(now_s),
-            ruined=frozenset(self._ruined),
+            excluded_ranks=self._faults.excluded(now_s),
+            refused_shapes=self._faults.refused(now_s),
+            suspects=self._faults.suspects(now_s),
+            ruined=self._faults.ruined,
             settled=self._rollout.settled(),
             untouched=self._rollout.untouched(),
             open_retirements=self._rollout.open_retirements(),
@@ -451,6 +416,7 @@ class PlannerState:
             num_ranks_per_instance=self.fleet.num_ranks_per_instance(),
             usd_per_rank_h=self._provisioning.usd_per_rank_h(self.fleet.markets()) if self._provisioning else 0.0,
             can_release=self._provisioning is not None and self._may_release(now_s),
+            num_paid_instances=self._provisioning.num_paid if self._provisioning is not None else 0,
             reviews_notices=True,
         )
 
@@ -498,11 +464,6 @@ class PlannerState:
     def _want_decision(self, cause: str, cause_at_s: float, decide_at_s: float) -> None:
         self._agenda.want(cause, cause_at_s, decide_at_s)
 
-    def _ruin(self, pipeline: Pipeline, culprit: str | None, cause: str, now_s: float) -> None:
-        self._ruined.add(pipeline.id)
-        retry_at_s = self._setbacks.note_failure(frozenset(pipeline.ranks()), culprit, now_s)
-        self._want_decision(cause, now_s, retry_at_s)
-
     # --- Look up ---
 
     def _adopt_model(self, inventory: InstanceInventory) -> None:
@@ -516,11 +477,16 @@ class PlannerState:
         self.model = model
 
     def _current(self, pipeline: str) -> Pipeline | None:
-        """A pipeline of the plan, or one that it retires and that has not stopped yet."""
-        if self.plan is None:
-            return None
-        known = [*self.plan.pipelines, *(r.pipeline for r in self._rollout.open_retirements())]
-        return next((p for p in known if p.id == pipeline), None)
+        return next((p for p in self._all_current() if p.id == pipeline), None)
+
+    def _all_current(self) -> list[Pipeline]:
+        """Pipelines of the plan, and those that it retires and that have not stopped yet."""
+        planned = self.plan.pipelines if self.plan is not None else []
+        return [*planned, *(r.pipeline for r in self._rollout.open_retirements())]
+
+    def _memory_bytes_of(self, rank: str) -> int:
+        known = self.fleet.ranks().get(rank)
+        return known.inventory.memory_bytes if known is not None else 0
 
     def _is_planned(self, pipeline: str) -> bool:
         return self.plan is not None and any(p.id == pipeline for p in self.plan.pipelines)

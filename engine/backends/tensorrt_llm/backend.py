@@ -27,7 +27,7 @@ from engine.backends.torch.checkpoint import Checkpoint
 from engine.backends.torch.grammar import Grammars
 from engine.context.pull import UnitPuller
 from engine.core.roles import Position, Unit
-from engine.errors import EngineUnavailable, ProtocolError
+from engine.errors import EngineUnavailable, ProtocolError, ShapeRefused
 from engine.protocol import PullReply, PullRequest
 from engine.settings import EngineSettings
 from planner.protocol import ModelShape, StepProfile, Transfer
@@ -135,7 +135,7 @@ class TensorrtBackend:
         hosts = [position.addresses[shard.rank].context_address.rpartition(":")[0] for shard in shards]
         several_nodes = len({shard.instance for shard in shards}) > 1
         if several_nodes and not settings.multi_node:
-            raise EngineUnavailable(
+            raise ShapeRefused(
                 f"{position.pipeline.id} spans several instances: set SPOTSERVE_ENGINE_MULTI_NODE to mpi or ray"
             )
         if several_nodes and settings.kv_connector:

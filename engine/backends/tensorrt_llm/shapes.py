@@ -9,7 +9,7 @@ from engine.backends.tensorrt_llm.arguments import most_step_tokens
 from engine.backends.tensorrt_llm.wire import EngineSpec
 from engine.core.model_config import ModelConfig
 from engine.core.roles import Position
-from engine.errors import EngineUnavailable
+from engine.errors import ShapeRefused
 from engine.settings import EngineSettings
 from planner.protocol import ModelShape
 
@@ -24,7 +24,7 @@ def engine_spec(
     """Of the pipeline of `position`; `store_of` an instance.
 
     Raises:
-        EngineUnavailable: its shape is none that TensorRT-LLM can take; says why.
+        ShapeRefused: its shape is none that TensorRT-LLM can take; says why.
 
     """
     pipeline = position.pipeline
@@ -55,27 +55,27 @@ def engine_spec(
 
 
 def check_shape(position: Position, config: ModelConfig) -> None:
-    """Raises EngineUnavailable for a shape that TensorRT-LLM cannot take."""
+    """Raises ShapeRefused for a shape that TensorRT-LLM cannot take."""
     pipeline = position.pipeline
     degrees = {len(stage.shards) for stage in pipeline.stages}
     if len(degrees) > 1:
-        raise EngineUnavailable(f"{pipeline.id}: its stages have {sorted(degrees)} shards; they must all have as many")
+        raise ShapeRefused(f"{pipeline.id}: its stages have {sorted(degrees)} shards; they must all have as many")
     tensor = pipeline.tensor
     for name, number in (("KV heads", config.num_kv_heads), ("attention heads", config.num_heads)):
         if number % tensor:
-            raise EngineUnavailable(
+            raise ShapeRefused(
                 f"{pipeline.id}: tensor degree {tensor} does not divide the {number} {name}: choose another degree"
             )
 
 
 def check_fits(position: Position, model: ModelShape, memory_bytes: int) -> None:
-    """Raises EngineUnavailable if weights and KV of the position need more than a GPU has."""
+    """Raises ShapeRefused if weights and KV of the position need more than a GPU has."""
     weight_bytes = sum(model.unit_bytes(layer) for layer, _ in position.units(model))
     num_units = (position.last_layer - position.first_layer + 1) * (position.last_group - position.first_group + 1)
     kv_tokens = position.pipeline.num_kv_blocks * model.kv_block_tokens
     kv_bytes = num_units * model.kv_unit_bytes_per_token * kv_tokens
     if weight_bytes + kv_bytes > memory_bytes:
-        raise EngineUnavailable(
+        raise ShapeRefused(
             f"{position.pipeline.id} does not fit: {weight_bytes / 2**30:.1f} GiB of weights and "
             f"{kv_bytes / 2**30:.1f} GiB of KV on a GPU with {memory_bytes / 2**30:.1f} GiB to use: take more GPUs "
             "for a pipeline, or a shorter max_model_len"

@@ -75,7 +75,20 @@ async def test_a_wrong_version_is_a_failed_preparation_with_the_reason(world: Wo
     pipeline = world.pipeline(instance)
     await world.plan(pipeline)
     await world.until(lambda: world.has_said(f"{instance}-0", Phase.PREPARE_FAILED, pipeline), "it says so")
-    assert "corrupts the KV cache" in world.has_said(f"{instance}-0", Phase.PREPARE_FAILED, pipeline)[0].detail
+    (said, *_) = world.has_said(f"{instance}-0", Phase.PREPARE_FAILED, pipeline)
+    assert "corrupts the KV cache" in said.detail
+    assert not said.names_shape, "another shape would fail as well"
+
+
+async def test_a_shape_that_no_engine_can_take_is_named_as_the_cause(world: World, instance: str) -> None:
+    await world.instances(instance)
+    pipeline = world.pipeline(instance, "ghost")
+    pipeline.stages[1].shards.append(msgspec.structs.replace(pipeline.stages[1].shards[0], rank="ghost-1"))
+    await world.plan(pipeline)
+    await world.until(lambda: world.has_said(f"{instance}-0", Phase.PREPARE_FAILED, pipeline), "it says so")
+    (said, *_) = world.has_said(f"{instance}-0", Phase.PREPARE_FAILED, pipeline)
+    assert "must all have as many" in said.detail
+    assert said.names_shape
 
 
 async def test_no_process_of_an_engine_outlives_its_rank(world: World, cluster: Cluster, instance: str) -> None:

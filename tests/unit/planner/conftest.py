@@ -36,10 +36,13 @@ from planner.protocol import (
     ModelShape,
     NoticeCancelled,
     Phase,
+    Pipeline,
     Plan,
     PreemptionNotice,
     RankInventory,
     RankProgress,
+    Shard,
+    Stage,
     StepProfile,
     UnitRange,
 )
@@ -126,6 +129,12 @@ class World:
         self.does_prepare = True
         self.hung: set[str] = set()
         """Ranks that never come to the end of a preparation."""
+        self.refused: set[tuple[int, int]] = set()
+        """Shapes that no rank can prepare."""
+        self.faulty: set[str] = set()
+        """Ranks that cannot prepare anything."""
+        self.names_shape = False
+        """Whether a rank says so where a shape is to blame."""
         self.held: list[RankProgress] | None = None
         """Progress messages that are on their way; None: they arrive at once."""
         self.reports: list[Report] = []
@@ -268,20 +277,36 @@ class World:
                                 assert transfer.units.units() <= processes[source].units
 
     def prepare(self) -> None:
-        """All ranks of new pipelines pull and form their groups."""
+        """All ranks of new pipelines pull and form their groups, or fail to."""
         for pipeline in self.plan.pipelines:
             for stage in pipeline.stages:
                 for shard in stage.shards:
-                    process = self.processes().get(shard.rank)
-                    if process is not None and process.runs != pipeline.id and process.name not in self.hung:
-                        process.units |= needed_units(self.model, stage, shard)
-                        process.prepared.add(pipeline.id)
-                        self.report(process.name, pipeline.id, Phase.PREPARED)
+                    if pipeline.id in self.ids:  # what fails may bring the next plan at once
+                        self.prepare_shard(pipeline, stage, shard)
         self.start_free()
 
-    def report(self, rank: str, pipeline: str, phase: Phase, detail: str = "") -> None:
+    def prepare_shard(self, pipeline: Pipeline, stage: Stage, shard: Shard) -> None:
+        process = self.processes().get(shard.rank)
+        if process is None or process.runs == pipeline.id or process.name in self.hung:
+            return
+        if (len(pipeline.stages), pipeline.tensor) in self.refused:
+            self.report(process.name, pipeline.id, Phase.PREPARE_FAILED, "too large", names_shape=self.names_shape)
+        elif process.name in self.faulty:
+            self.report(process.name, pipeline.id, Phase.PREPARE_FAILED, "bad device")
+        else:
+            process.units |= needed_units(self.model, stage, shard)
+            process.prepared.add(pipeline.id)
+            self.report(process.name, pipeline.id, Phase.PREPARED)
+
+    def report(self, rank: str, pipeline: str, phase: Phase, detail: str = "", *, names_shape: bool = False) -> None:
         progress = RankProgress(
-            rank=rank, epoch=self.plan.epoch, pipeline=pipeline, phase=phase, at_s=self.now_s, detail=detail
+            rank=rank,
+            epoch=self.plan.epoch,
+            pipeline=pipeline,
+            phase=phase,
+            at_s=self.now_s,
+            detail=detail,
+            names_shape=names_shape,
         )
         if self.held is None:
             self.send(progress)

@@ -22,6 +22,8 @@ KINDS = {
     "restart ranks": lambda run, name, seconds: run.restart_ranks(name),
     "break": lambda run, name, seconds: run.fail(name, Phase.BROKEN),
     "fail": lambda run, name, seconds: run.fail(name, Phase.PREPARE_FAILED),
+    "refuse a shape": lambda run, name, seconds: run.refuse(name),
+    "be faulty": lambda run, name, seconds: run.world.faulty.add(f"{name}-0"),
     "hang": lambda run, name, seconds: run.hang(name),
     "wait": lambda run, name, seconds: run.world.advance(seconds),
     "tick": lambda run, name, seconds: run.world.send(Tick()),
@@ -72,6 +74,11 @@ class Run:
             pipeline = pipelines[NAMES.index(name) % len(pipelines)]
             self.world.report(pipeline.ranks()[-1], pipeline.id, phase)
 
+    def refuse(self, name):
+        shape = [(1, 1), (2, 1), (3, 1), (1, 3), (2, 3)][NAMES.index(name)]
+        self.world.refused.add(shape)
+        self.world.names_shape = shape[1] == 1
+
     def hang(self, name):
         self.world.hung.add(f"{name}-0")
 
@@ -113,6 +120,8 @@ class Run:
         world = self.world
         world.held, world.does_prepare = None, True
         world.hung.clear()
+        world.refused.clear()
+        world.faulty.clear()
         self.prepare()
         world.advance(400.0)  # ranks that hung are tried again
         assert not any(i.state is InstanceState.GRACE for i in world.state.status(world.now_s).instances)

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from planner.core.effects import Tick
+from planner.core.setbacks import REFUSAL_S
 from planner.errors import InventoryError, ModelMismatchError
 from planner.protocol import (
     InstanceLost,
@@ -263,7 +264,7 @@ def test_broken_pipeline_is_explained_by_a_lost_instance(make_world):
     assert len(world.plans) == 2, "one event, one plan"
 
 
-def test_prepare_failures_are_retried_then_the_rank_is_left_out(make_world):
+def test_prepare_failures_are_retried_then_another_shape_is_planned(make_world):
     world = make_world(data=1, pipeline=2, tensor=1)
     world.does_prepare = False
     world.join("i1", "i2")
@@ -282,7 +283,7 @@ def test_prepare_failures_are_retried_then_the_rank_is_left_out(make_world):
     assert any("i2-0" in note for note in world.plan.explanation.notes)
     world.does_prepare = True
     world.prepare()
-    world.advance(35.0)
+    world.advance(REFUSAL_S + 5.0)
     assert world.shapes() == [(2, 1)], "it gets another chance"
 
 
