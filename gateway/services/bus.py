@@ -47,7 +47,7 @@ _T = TypeVar("_T", TokenFrame, PipelineState, Plan, KeyUsage)
 class Listener(Protocol):
     """Who is told; all calls come from the event loop."""
 
-    def on_frame(self, frame: TokenFrame) -> None: ...
+    async def on_frame(self, frame: TokenFrame) -> None: ...
 
     def on_state(self, state: PipelineState) -> None: ...
 
@@ -221,30 +221,34 @@ class Bus:
             value = (await bucket.get("current")).value
         except (TimeoutError, nats.errors.Error, OSError):
             return
-        self._decode(self._planner.plan_bucket, value or b"", msgspec.msgpack.Decoder(Plan), listener.on_plan)
+        plan = self._decode(self._planner.plan_bucket, value or b"", msgspec.msgpack.Decoder(Plan))
+        if plan is not None:
+            listener.on_plan(plan)
 
     async def _subscribe(
         self,
         subject: str,
         type_: type[_T],
-        tell: Callable[[_T], None],
+        tell: Callable[[_T], Awaitable[None] | None],
     ) -> None:
         decoder = msgspec.msgpack.Decoder(type_)
 
         async def receive(message: Msg) -> None:
-            self._decode(message.subject, message.data, decoder, tell)
+            decoded = self._decode(message.subject, message.data, decoder)
+            telling = tell(decoded) if decoded is not None else None
+            if telling is not None:
+                await telling
 
         callback: Callable[[Msg], Awaitable[None]] = receive
         await self._client.subscribe(subject, cb=callback)
 
     @staticmethod
-    def _decode(subject: str, data: bytes, decoder: msgspec.msgpack.Decoder[_T], tell: Callable[[_T], None]) -> None:
+    def _decode(subject: str, data: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> _T | None:
         try:
-            message = decoder.decode(data)
+            return decoder.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             _log.warning("malformed %s on %s: %s", decoder.type.__name__, subject, error)
-            return
-        tell(message)
+            return None
 
     def _spawn(self, run: Awaitable[None]) -> None:
         task = asyncio.ensure_future(run)

@@ -53,6 +53,8 @@ _RETRY_S = 0.05
 """A refused request waits so long ..."""
 _REFUSED_S = 0.25
 """... and the pipeline that refused gets nothing for so long: the others come first."""
+_SLICE = 16
+"""Entries of a frame that are worked on in one turn of the event loop: less than half a millisecond."""
 _HAND_BACK_S = 5.0
 """A retiring pipeline without a deadline gets so long to hand its sequences back."""
 
@@ -215,13 +217,23 @@ class Dispatcher:
 
     # --- From the bus ------------------------------------------------------------------------------------------
 
-    def on_frame(self, frame: TokenFrame) -> None:
-        # Those who wait for their first token come first: it is the one that people notice.
-        for entry in sorted(frame.entries, key=_is_not_first):
+    async def on_frame(self, frame: TokenFrame) -> None:
+        # Those who wait for their first token come first: it is the one that people notice. A few entries at a time,
+        # so that neither their readers nor new requests wait for all of a large frame.
+        firsts = [entry for entry in frame.entries if entry.index == 0]
+        others = [entry for entry in frame.entries if entry.index > 0] if firsts else frame.entries
+        slices = [others[start : start + _SLICE] for start in range(0, len(others), _SLICE)]
+        for number, entries in enumerate([firsts, *slices] if firsts else slices):
+            if number:
+                await asyncio.sleep(0)
+            self._take_in(frame.pipeline, entries)
+        self._pump()
+
+    def _take_in(self, pipeline: str, entries: Sequence[TokenEntry]) -> None:
+        for entry in entries:
             running = self._choices.get(entry.request_id)
             if running is not None:
-                self._handle(running, request_state.EntryArrived(frame.pipeline, entry))
-        self._pump()
+                self._handle(running, request_state.EntryArrived(pipeline, entry))
 
     def on_state(self, state: PipelineState) -> None:
         if self.router.plan is None or state.epoch > self.router.plan.epoch:
@@ -451,10 +463,6 @@ class Dispatcher:
             error = task.exception()
             if error is not None:
                 _log.error("background task failed", exc_info=error)
-
-
-def _is_not_first(entry: TokenEntry) -> bool:
-    return entry.index > 0
 
 
 def _failure(message: str, reason: RejectReason | None) -> ApiError:
