@@ -315,6 +315,7 @@ class ChoiceFold:
                 parsed.tool_calls + rest.tool_calls,
             )
         self._has_calls = self._has_calls or bool(parsed.tool_calls)
-        if self._has_calls and self.finish_reason == "stop":
+        # A call that a stop string cut is not one to be carried out.
+        if self._has_calls and self.finish_reason == "stop" and not self._parser.is_in_call:
             self.finish_reason = "tool_calls"
         return parsed

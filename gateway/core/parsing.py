@@ -39,6 +39,11 @@ class OutputParser(Protocol):
         """Special tokens of the tokenizer that the parser must see as text."""
         ...
 
+    @property
+    def is_in_call(self) -> bool:
+        """A tool call was announced and has not ended."""
+        ...
+
     def push(self, text: str) -> Parsed:
         """The next piece of text, stop strings already applied; what cannot be decided yet is held back."""
         ...

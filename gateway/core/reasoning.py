@@ -31,6 +31,10 @@ class ThinkParser:
     def visible_special_tokens(self) -> frozenset[str]:
         return self._special_tokens | (self._inner.visible_special_tokens if self._inner is not None else frozenset())
 
+    @property
+    def is_in_call(self) -> bool:
+        return self._inner is not None and self._inner.is_in_call
+
     def push(self, text: str) -> Parsed:
         """See `OutputParser`."""
         self._held += text

@@ -11,7 +11,7 @@ import msgspec
 from engine.protocol import TokenLogprobs
 from gateway.core import sse
 from gateway.core.fold import Delta, Detokenizer, IncrementalText
-from gateway.core.logprobs import CompletionLogprobs, Vocabulary, chat_logprobs, prompt_logprobs
+from gateway.core.logprobs import CompletionLogprobs, Vocabulary, chat_logprobs, prompt_logprobs, token_text
 from gateway.core.parsing import ToolCallDelta
 
 
@@ -162,6 +162,7 @@ class ChatFormat(ResponseFormat):
         return self._delta_chunk(index, {"content": text}, Unsent(None))
 
     def choice(self, index: int, whole: Delta) -> dict[str, Any]:
+        num_top = self._extras.top_logprobs
         message: dict[str, Any] = {"role": "assistant", "content": whole.text, "refusal": None}
         if whole.reasoning:
             message["reasoning_content"] = whole.reasoning
@@ -170,7 +171,7 @@ class ChatFormat(ResponseFormat):
         return {
             "index": index,
             "message": message,
-            "logprobs": self._logprobs(Unsent(whole)),
+            "logprobs": None if num_top is None else chat_logprobs(whole.scores, num_top, self._texts),
             "finish_reason": whole.finish_reason,
             **self._ids(whole.token_ids),
         }
@@ -234,9 +235,9 @@ class CompletionFormat(ResponseFormat):
         found = CompletionLogprobs(num_top, self._texts)
         if with_prompt and echo_texts and delta.prompt_logprobs is not None:
             ids = self._prompts[index]
-            offsets = token_offsets(ids, self._texts)
+            offsets = token_offsets(ids, echo_texts[index], self._texts)
             for token_id, offset, logprobs in zip(ids, offsets, delta.prompt_logprobs, strict=True):
-                found.add(token_id, min(offset, len(echo_texts[index])), logprobs)
+                found.add(token_id, offset, logprobs)
         start = len(echo_texts[index]) if echo_texts else 0
         for score in delta.scores:
             found.add(score.token_id, start + score.offset_chars, score.logprobs)
@@ -259,12 +260,19 @@ class Unsent:
         return taken
 
 
-def token_offsets(ids: Sequence[int], detokenizer: Detokenizer) -> list[int]:
-    """Where in the text of `ids` each token begins, in characters."""
-    text, offsets, num_chars = IncrementalText(detokenizer), [], 0
+def token_offsets(ids: Sequence[int], text: str, texts: TokenTexts) -> list[int]:
+    """Where in `text`, which became `ids` or was made of them, each token begins, in characters.
+
+    Special tokens count where the text has their names: in a prompt that came as text they may stand.
+    """
+    others, offsets, num_chars = IncrementalText(texts), [], 0
     for token_id in ids:
-        offsets.append(num_chars)
-        num_chars += len(text.push(token_id))
+        offsets.append(min(num_chars, len(text)))
+        name = token_text(texts, token_id) if texts.is_special(token_id) else ""
+        if name and text.startswith(name, num_chars):
+            num_chars += len(name)
+        else:
+            num_chars += len(others.push(token_id))
     return offsets
 
 

@@ -92,7 +92,7 @@ class ResponseStore:
 
 
 def _too_large(stored: StoredResponse) -> StoredResponse:
-    without = {
+    without: dict[str, Any] = {
         "status": "failed",
         "error": {"code": "server_error", "message": "The response is too large to be kept."},
         "output": [],

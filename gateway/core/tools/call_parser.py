@@ -51,6 +51,10 @@ class CallParser:
     def visible_special_tokens(self) -> frozenset[str]:
         return self._visible_special_tokens
 
+    @property
+    def is_in_call(self) -> bool:
+        return self._index is not None
+
     def push(self, text: str) -> Parsed:
         """See `OutputParser`."""
         self._held += text

@@ -173,6 +173,35 @@ def test_echo_with_logprobs():
     assert texts == ["bcda", "b"]
 
 
+class TextsWithMark(Texts):
+    """Token 9 is special."""
+
+    def is_special(self, token_id):
+        return token_id == 9
+
+    def decode(self, ids):
+        return super().decode([i for i in ids if i != 9])
+
+    def token_bytes(self, token_id):
+        return b"<s>" if token_id == 9 else super().token_bytes(token_id)
+
+
+@pytest.mark.parametrize(
+    ("text", "offsets"), [("b<s>c<s>", [0, 1, 4, 5]), ("bc", [0, 1, 1, 2]), ("b<s>c", [0, 1, 4, 5])]
+)
+def test_offsets_where_the_prompt_has_special_tokens(text, offsets):
+    prompt = [None, *[score(1)] * 3]
+    extras = Extras(top_logprobs=0, echo_texts=[text])
+    form = CompletionFormat(HEADER, [[1, 9, 2, 9]], extras, TextsWithMark())
+    found = form.body([Delta("", [0], "length", [], prompt)], USAGE)["choices"][0]["logprobs"]
+    assert found["text_offset"] == offsets
+
+
+def test_logprobs_of_no_text():
+    found = make(ChatFormat, top_logprobs=2).body([Delta("", [0], "stop")], USAGE)["choices"][0]
+    assert found["logprobs"] == {"content": [], "refusal": None}
+
+
 def test_prompt_logprobs():
     scores = [None, score(2, -2.0, 5, [(3, -0.25)]), score(3, -0.5, 1, [(3, -0.5)])]
     body = make(ChatFormat, top_prompt_logprobs=1).body([Delta("", [], "length", [], scores)], USAGE)

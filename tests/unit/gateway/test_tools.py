@@ -9,6 +9,7 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gateway import openai
+from gateway.core.fold import ChoiceFold
 from gateway.core.grammar import literal
 from gateway.core.tools.definitions import Mode, tool_use
 from gateway.core.tools.formats import FORMATS, HERMES, LLAMA3_JSON, MISTRAL, format_of
@@ -128,6 +129,31 @@ def test_arguments_are_streamed():
 def test_one_call_without_parallel_calls():
     text = f"<tool_call>{CALL}</tool_call><tool_call>{CALL}</tool_call>"
     assert run(make_parser(HERMES, parallel_tool_calls=False), [text]) == ("", [("weather", ARGUMENTS)])
+
+
+class Letters:
+    """Token ids are code points."""
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+    def is_special(self, token_id):
+        return False
+
+    is_byte = is_special
+
+    def whole_text(self, token_id):
+        return chr(token_id)
+
+
+@pytest.mark.parametrize(
+    ("stops", "reason"), [([], "tool_calls"), (["Rome"], "stop"), (["</tool_call>"], "tool_calls")]
+)
+def test_a_call_that_a_stop_string_cuts_is_not_one_to_carry_out(stops, reason):
+    fold = ChoiceFold(Letters(), stops, parser=make_parser(HERMES))
+    whole = fold.push([ord(char) for char in HERMES.begin + CALL + HERMES.end], "stop")
+    assert (whole.finish_reason, whole.tool_calls[0].name) == (reason, "weather")
+    assert ("Rome" in whole.tool_calls[0].arguments) == (stops != ["Rome"])
 
 
 def test_ids_are_a_function_of_the_seed():
