@@ -26,6 +26,11 @@ class Provisioning:
         self.is_due = True
         self._answered_at_s = -math.inf
 
+    @property
+    def num_paid(self) -> int:
+        """Instances that are kept whether they serve or not: candidates may as well serve."""
+        return self.desired.spot + self.desired.on_demand if self.desired is not None else 0
+
     def note_change(self) -> None:
         """Of the fleet or its plan."""
         self.is_due = True
