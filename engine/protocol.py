@@ -156,6 +156,8 @@ class Interruption(Wire, frozen=True, kw_only=True):
 
     reason: str
     kv_source: KvSource | None = None
+    broken: bool = False
+    """Its engine died while it ran, without notice: it may be the sequence that kills engines."""
 
 
 class ResumeStats(Wire, frozen=True, kw_only=True):

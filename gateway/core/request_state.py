@@ -307,6 +307,8 @@ class ChoiceState:
         if new_ids or finish is not None:
             effects.append(Deliver(new_ids, finish, entry.cached_tokens, new_logprobs, prompt_logprobs))
         if entry.interruption is not None:
+            if entry.interruption.broken:
+                return effects + self._broken(entry.interruption.reason, noticed=False)
             return effects + self._interrupt(entry.interruption.reason, entry.interruption.kv_source)
         if finish is not None:
             return effects + self._end()

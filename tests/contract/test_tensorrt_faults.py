@@ -90,6 +90,76 @@ async def test_2_a_request_error_ends_that_request_alone(make_tensorrt: MakeBack
         assert not recorder.broken
 
 
+NAMES = ["r", "s", "t"]
+
+
+async def several(fleet: Fleet, pipeline: str, max_tokens: int, old: Recorder | None = None) -> None:
+    """Three streams at once, each with a prompt of its own; those of `old` go on."""
+    for number, name in enumerate(NAMES):
+        committed = old.tokens(name) if old is not None else []
+        one = request(
+            name, [*PROMPT, 60 + number], committed_ids=committed, attempt=bool(committed), max_tokens=max_tokens
+        )
+        assert (await fleet.leaders[pipeline].submit(one)).accepted
+
+
+async def several_undisturbed(make_tensorrt: MakeBackend, max_tokens: int) -> dict[str, list[int]]:
+    async with Fleet(make_tensorrt) as fleet:
+        recorder = await fleet.serve("p0", [["oracle"]])
+        await several(fleet, "p0", max_tokens)
+        await until(lambda: all(has_finished(recorder, name) for name in NAMES))
+        return {name: recorder.tokens(name) for name in NAMES}
+
+
+async def test_2_a_failed_forward_pass_fails_all_at_once_and_no_client_hears_of_it(make_tensorrt: MakeBackend) -> None:
+    expected = await several_undisturbed(make_tensorrt, 40)
+    control.set(num_gpus=NUM_GPUS, forward_error_after=12, num_forward_errors=1, fault_starts=[num_starts() + 1])
+    async with Fleet(make_tensorrt) as fleet:
+        recorder = await fleet.serve("p1", ONE)
+        num_before = len(control.journal("request"))
+        await several(fleet, "p1", 40)
+        await until(lambda: all(has_finished(recorder, name) for name in NAMES))
+        assert {name: recorder.tokens(name) for name in NAMES} == expected
+        assert len(control.journal("request")) - num_before == 2 * len(NAMES), "they did not fall together"
+        assert not recorder.broken
+
+
+async def test_2_an_engine_whose_forward_passes_all_fail_is_dead_and_all_are_resumed(
+    make_tensorrt: MakeBackend,
+) -> None:
+    expected = await several_undisturbed(make_tensorrt, 40)
+    control.set(num_gpus=NUM_GPUS, forward_error_after=12, fault_starts=[num_starts() + 1])
+    async with Fleet(make_tensorrt) as fleet:
+        old = await fleet.serve("p1", ONE)
+        await several(fleet, "p1", 40)
+        await until(lambda: "p1" in old.broken)
+        assert "CUDA error in the forward pass" in old.broken["p1"]
+        assert all(was_interrupted(old, name) for name in NAMES)
+        assert not any(entry.error for entry in old.entries)
+        new = await fleet.serve("p2", ONE)
+        await several(fleet, "p2", 40, old)
+        await until(lambda: all(has_finished(new, name) for name in NAMES))
+        for name in NAMES:
+            resumed_ids = [token for entry in new.entries if entry.request_id == name for token in entry.ids]
+            assert old.tokens(name) + resumed_ids == expected[name]
+
+
+async def test_2_a_request_that_fails_every_pass_that_it_is_in_ends_alone(make_tensorrt: MakeBackend) -> None:
+    control.set(num_gpus=NUM_GPUS, step_s=0.01, poison_token=250)
+    async with Fleet(make_tensorrt) as fleet:
+        recorder = await fleet.serve("p1", ONE)
+        await several(fleet, "p1", 100)
+        await until(lambda: all(recorder.tokens(name) for name in NAMES))
+        assert (await fleet.leaders["p1"].submit(request("poison", [250, *PROMPT]))).accepted
+        await until(lambda: all(has_finished(recorder, name) for name in [*NAMES, "poison"]))
+        poison = recorder.last("poison")
+        assert poison is not None
+        assert poison.finish is FinishReason.ERROR
+        assert "forward pass" in (poison.error or "")
+        assert all(len(recorder.tokens(name)) == 100 for name in NAMES)
+        assert not recorder.broken
+
+
 @pytest.mark.parametrize("fault", [{"engine_error_after": 8}, {"silent_after": 8}], ids=["raises", "is silent"])
 async def test_2_and_5_an_engine_that_died_is_replaced_and_its_streams_go_on(
     make_tensorrt: MakeBackend, fault: dict[str, int]

@@ -58,6 +58,8 @@ class LeaderPart(Part):
         """The requests of the last batch of tokens, and when it came."""
         self._arrange: tuple[float | None, float] | None = None
         self._is_ready = False
+        self._has_died = False
+        """The engine, by itself."""
         self.stop_s = 0.0
         """What it took to end the engine and have its GPUs free."""
 
@@ -190,8 +192,12 @@ class LeaderPart(Part):
                     self.table.heard(news, now_s)
                 self._carry_out()
             elif isinstance(message, Failed):
-                self._end(message.cause)
+                self._died(message.cause)
                 return
+
+    def _died(self, cause: str) -> None:
+        self._has_died = self._has_died or not self._ended.done()
+        self._end(cause)
 
     def _carry_out(self) -> None:
         effects = self.table.take()
@@ -200,6 +206,8 @@ class LeaderPart(Part):
                 self.parts.process.send(message)
         if effects.entries:
             self._events.on_entries(self.id, effects.entries)
+        if self.table.dead is not None:
+            self._died(self.table.dead)
 
     async def _watch(self, workers: list[int]) -> None:
         """Deadlines, arrangement, and whether the engine still does anything."""
@@ -212,12 +220,12 @@ class LeaderPart(Part):
                 self._end("")
             silent_s = now_s - self.table.last_progress_s
             if self.table.num_running and silent_s > self._settings.progress_timeout_s:
-                self._end(f"the engine has given no token for {silent_s:.1f} s")
+                self._died(f"the engine has given no token for {silent_s:.1f} s")
             if now_s - census_s > _CENSUS_S:
                 census_s = now_s
                 dead = [pid for pid in workers if not is_alive(pid)]
                 if dead:
-                    self._end(f"the engine's process {dead[0]} has died")
+                    self._died(f"the engine's process {dead[0]} has died")
             await asyncio.sleep(_TICK_S)
 
     def _should_stop(self, now_s: float) -> bool:
@@ -230,7 +238,7 @@ class LeaderPart(Part):
     def _hand_back(self, cause: str) -> None:
         """Every live sequence, at its last committed token; what the engine says from now on does not count."""
         self._end(cause)
-        self.table.interrupt_all(cause or "pipeline retired", time.time())
+        self.table.interrupt_all(cause or "pipeline retired", time.time(), broken=self._has_died)
         entries = self.table.take().entries
         if entries:
             self._events.on_entries(self.id, entries)

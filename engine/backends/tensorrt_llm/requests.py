@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from engine.backends.tensorrt_llm.sampling import unsupported
+from engine.backends.tensorrt_llm.trial import Trial
 from engine.backends.tensorrt_llm.wire import Abort, Generate, Tokens
 from engine.core.frames import shortened
 from engine.core.scheduler_types import OutEntry
@@ -31,6 +32,8 @@ from engine.protocol import (
 WAITING_PER_SLOT: Final = 4
 ENDED_KEPT: Final = 512
 ENDED_KEPT_S: Final = 120.0
+TOGETHER_S: Final = 0.25
+"""Errors of one forward pass all come within this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,14 @@ class _Run:
     sequence: Sequence
     num_before: int
     """Committed tokens when it began."""
+    error: str | None = None
+    """The engine has failed it; whose fault that is shows when it is known who else fell."""
+    failed_s: float = 0.0
+
+    @property
+    def has_moved(self) -> bool:
+        """It got a token: it does not wait in the engine."""
+        return self.sequence.num_committed > self.num_before
 
 
 class RequestTable:
@@ -69,6 +80,9 @@ class RequestTable:
         """Why ids are not a whole output of a grammar; None if they are."""
         self.limits = limits
         self.is_draining = False
+        self.dead: str | None = None
+        """Why the engine counts as dead."""
+        self._trial = Trial()
         self.last_progress_s = -math.inf
         """When a token came, or the engine got its first request after none."""
         self._waiting: OrderedDict[SequenceKey, Sequence] = OrderedDict()
@@ -87,7 +101,7 @@ class RequestTable:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._trial.held())
 
     @property
     def free_slots(self) -> int:
@@ -95,7 +109,7 @@ class RequestTable:
 
     @property
     def is_idle(self) -> bool:
-        return not self._runs and not self._waiting
+        return not self._runs and not self.num_waiting
 
     def context_tokens(self) -> list[int]:
         """Of each running sequence."""
@@ -158,24 +172,28 @@ class RequestTable:
             if len(self._ended) <= ENDED_KEPT and oldest.ended_s > now_s - ENDED_KEPT_S:
                 break
             del self._ended[key]
+        self._judge(now_s)
         self._admit(now_s)
 
-    def interrupt_all(self, reason: str, now_s: float) -> None:
+    def interrupt_all(self, reason: str, now_s: float, *, broken: bool = False) -> None:
         """Hand every live sequence back, to be resumed elsewhere; nothing is taken after this."""
         self.is_draining = True
         for sequence in self._all():
-            self._interrupt(sequence, reason, now_s)
+            self._interrupt(sequence, reason, now_s, broken=broken)
 
     # --- What the engine says ---------------------------------------------------------------------------------
 
     def heard(self, news: Tokens, now_s: float) -> None:
         """Commit what is new of one request, and see whether that ends it. Of what has ended, nothing counts."""
         run = self._runs.get(news.id)
-        if run is None:
+        if run is None or run.error is not None:
             return
         sequence, first = run.sequence, run.sequence.num_committed
         if news.ids:
             self.last_progress_s = now_s
+        if news.ids or (news.finish_reason not in (None, "cancelled")):
+            for convicted in self._trial.moved(sequence.key):
+                self._fail(convicted.sequence, convicted.error, now_s, has_ended=True)
         self._append(sequence, news)
         if news.ended and sequence.finish is None:
             self._ended_by_engine(run, news, now_s)
@@ -183,6 +201,7 @@ class RequestTable:
             self._end(sequence, now_s, first, has_ended=news.ended)
         elif news.ids:
             self._emit(sequence, first, now_s)
+        self._judge(now_s)
         self._admit(now_s)
 
     def _append(self, sequence: Sequence, news: Tokens) -> None:
@@ -201,7 +220,7 @@ class RequestTable:
         sequence, first = run.sequence, run.sequence.num_committed - len(news.ids)
         if news.error is not None:
             self._emit_if_new(sequence, first, now_s)
-            self._fail(sequence, news.error, now_s, has_ended=True)
+            run.error, run.failed_s = news.error, now_s
             return
         if news.finish_reason == "cancelled":  # Not by us, so the engine is going down: migrate.
             self._emit_if_new(sequence, first, now_s)
@@ -218,6 +237,26 @@ class RequestTable:
             self._begin(sequence)
         else:
             self._fail(sequence, f"the engine ended it ({news.finish_reason}) without a token", now_s, has_ended=True)
+
+    def _judge(self, now_s: float) -> None:
+        """Whether those that the engine failed fell together, with all that were active, or each by itself."""
+        failed = [run for run in self._runs.values() if run.error is not None]
+        if not failed:
+            return
+        if len(failed) < len(self._runs) and now_s - failed[0].failed_s < TOGETHER_S:
+            return  # The others may follow.
+        others_move = any(run.has_moved for run in self._runs.values() if run.error is None)
+        same = [run.sequence for run in failed if run.error == failed[0].error]
+        is_tried = any(sequence.key == self._trial.on_trial for sequence in same)
+        # What is wrong with a request itself is told before its first token.
+        if is_tried or (not others_move and len(same) > 1 and any(run.has_moved for run in failed)):
+            for sequence in same:
+                self._forget_run(sequence)
+            self.last_progress_s = now_s
+            self.dead = self._trial.fell(same, failed[0].error or "", now_s)
+            return
+        for run in failed:
+            self._fail(run.sequence, run.error or "", now_s, has_ended=True)
 
     def _was_taken_back(self, sequence: Sequence, stop_id: int | None) -> bool:
         """Whether the token that stopped it is missing in the log: a stop match removes it, and an EOS has no name."""
@@ -264,13 +303,22 @@ class RequestTable:
         return None
 
     def _all(self) -> list[Sequence]:
-        return [*(run.sequence for run in self._runs.values()), *self._waiting.values()]
+        return [*(run.sequence for run in self._runs.values()), *self._trial.held(), *self._waiting.values()]
 
     def _live(self, key: SequenceKey) -> Sequence | None:
         run_id = self._run_of.get(key)
-        return self._runs[run_id].sequence if run_id is not None else self._waiting.get(key)
+        if run_id is not None:
+            return self._runs[run_id].sequence
+        return self._waiting.get(key) or self._trial.find(key)
 
     def _admit(self, now_s: float) -> None:
+        if self._trial.is_open and self.dead is None:
+            suspect = self._trial.next()
+            if suspect is not None:
+                self._begin(suspect)
+            elif not self._runs:
+                self.dead = "forward passes failed, and nobody is left to show whose fault it was"
+            return  # Nobody else begins before it is over.
         while self._waiting and len(self._runs) < self.limits.max_batch and not self.is_draining:
             _, sequence = self._waiting.popitem(last=False)
             sequence.apply(Event.START)
@@ -307,6 +355,7 @@ class RequestTable:
             return
         run_id = self._forget_run(sequence)
         self._waiting.pop(key, None)
+        self._trial.remove(key)
         if run_id is not None and not has_ended:
             self._effects.messages.append(Abort(id=run_id))
         sequence.apply(Event.END)
@@ -315,8 +364,10 @@ class RequestTable:
         sequence.finish, sequence.error = FinishReason.ERROR, error
         self._end(sequence, now_s, sequence.num_committed, has_ended=has_ended)
 
-    def _interrupt(self, sequence: Sequence, reason: str, now_s: float, *, has_ended: bool = False) -> None:
-        sequence.interruption = Interruption(reason=reason, kv_source=sequence.request.kv_source)
+    def _interrupt(
+        self, sequence: Sequence, reason: str, now_s: float, *, has_ended: bool = False, broken: bool = False
+    ) -> None:
+        sequence.interruption = Interruption(reason=reason, kv_source=sequence.request.kv_source, broken=broken)
         self._end(sequence, now_s, sequence.num_committed, has_ended=has_ended)
 
     def _end(self, sequence: Sequence, now_s: float, from_index: int, *, has_ended: bool = False) -> None:

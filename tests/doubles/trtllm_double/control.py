@@ -53,6 +53,10 @@ class Switches:
     """RequestError for each request, after so many of its tokens."""
     forward_error_after: int | None = None
     """An exception in the forward pass, after so many steps of an engine: all active requests fail with it."""
+    num_forward_errors: int | None = None
+    """How many steps fail then; None: all."""
+    poison_token: int | None = None
+    """A forward pass fails that has a request whose prompt begins with it."""
     engine_error_after: int | None = None
     """Any other exception from the background, after so many steps: the executor shuts down and raises it."""
     silent_after: int | None = None

@@ -293,3 +293,14 @@ def test_a_request_under_which_pipelines_break_ends_notices_do_not_count():
     (effect,) = state.handle(rs.PipelineBroken("p9", "instance lost"), 0.0)
     assert effect == rs.Fail("2 pipelines broke while they ran it; the last: instance lost")
     assert state.phase is rs.Phase.FINISHED
+
+
+def test_an_engine_that_died_under_a_request_counts_as_broken():
+    state = rs.ChoiceState("r", 0, [1], SamplingParams(max_tokens=9), 1e9, max_broken=2)
+    interruption = Interruption(reason="CUDA error", broken=True)
+    state.handle(rs.Dispatched("p0"), 0.0)
+    effects = arrive(state, 0, 1, interruption=interruption)
+    assert isinstance(effects[-1], rs.Requeue)
+    state.handle(rs.Dispatched("p1"), 0.0)
+    effects = arrive(state, 1, 2, pipeline="p1", attempt=1, interruption=interruption)
+    assert effects[-1] == rs.Fail("2 pipelines broke while they ran it; the last: CUDA error")

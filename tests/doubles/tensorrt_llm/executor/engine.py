@@ -79,6 +79,7 @@ class Engine:
         self._active: list[_Request] = []
         self._late_aborts: list[tuple[float, int]] = []
         self._num_steps = 0
+        self._num_forward_errors = 0
         self._ids = itertools.count(2)
         self._stop = threading.Event()
         self.is_shutdown = False
@@ -150,14 +151,20 @@ class Engine:
                 return
             time.sleep(switches.step_s)
             try:
-                if self._due(switches.forward_error_after):
-                    raise _Failed("CUDA error in the forward pass")
                 self._admit()
+                self._check_forward(switches)
                 self._step(switches)
             except Exception as error:  # noqa: BLE001 - whatever it is, each active request hears of it
                 self._fail_all(f"{error}")
             self._notify()
             self._num_steps += 1
+
+    def _check_forward(self, switches: Switches) -> None:
+        most = switches.num_forward_errors
+        is_due = self._due(switches.forward_error_after) and (most is None or self._num_forward_errors < most)
+        if is_due or switches.poison_token in [request.prompt_ids[0] for request in self._active]:
+            self._num_forward_errors += 1
+            raise _Failed("CUDA error in the forward pass")
 
     def _put(self, request: _Request, response: Response | BaseException) -> None:
         request.output.queue.put(response)

@@ -135,6 +135,7 @@ def test_an_error_of_one_request_ends_that_one() -> None:
     begin(requests, name="a")
     second = begin(requests, name="b")
     requests.heard(Tokens(id=second.id, ended=True, error="RequestError: no"), 1.0)
+    requests.tick(1.5)
     (entry,) = entries(requests)
     assert (entry.request_id, entry.finish, entry.error) == ("b", FinishReason.ERROR, "RequestError: no")
     assert requests.num_running == 1
@@ -248,3 +249,145 @@ def test_an_output_that_breaks_off_inside_its_grammar_is_an_error() -> None:
         (FinishReason.STOP, None),
         (FinishReason.ERROR, "sampling.grammar: not whole"),
     ]
+
+
+BAD = "CUDA error in the forward pass"
+
+
+def running(of: RequestTable, *names: str) -> dict[str, int]:
+    """Requests that each have a token; the engine's id of each."""
+    ids = {name: begin(of, name=name).id for name in names}
+    for number, run_id in enumerate(ids.values()):
+        of.heard(Tokens(id=run_id, ids=[20 + number]), 1.0)
+    of.take()
+    return ids
+
+
+def fall(of: RequestTable, *run_ids: int, now_s: float = 2.0, error: str = BAD) -> None:
+    for run_id in run_ids:
+        of.heard(Tokens(id=run_id, ended=True, error=error), now_s)
+
+
+def test_who_falls_together_begins_again_one_by_one_and_no_client_hears_of_it() -> None:
+    requests = table(max_batch=3)
+    fall(requests, *running(requests, "a", "b", "c").values())
+    order = []
+    for position in range(3):
+        effects = requests.take()
+        assert not effects.entries
+        (again,) = effects.messages
+        assert isinstance(again, Generate)
+        order.append(again.token_ids[-1])
+        requests.heard(Tokens(id=again.id, ids=[30 + position]), 3.0)
+        assert requests.dead is None
+        assert [out.entry.ids for out in requests._effects.entries] == [[30 + position]]
+        requests._effects.entries.clear()
+    assert order == [20, 21, 22]
+    assert (requests.num_running, requests.num_waiting) == (3, 0)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_one_that_fells_the_others_is_found_and_ends_alone(position: int) -> None:
+    requests = table(max_batch=3)
+    names = ["a", "b", "c"]
+    poison = names[position]
+    ids = running(requests, *names)
+    tokens = {name: 20 + number for number, name in enumerate(names)}
+    fall(requests, *ids.values())
+    ended: dict[str, TokenEntry] = {}
+    alive: dict[str, int] = {}
+    for _ in range(12):
+        effects = requests.take()
+        ended |= {out.entry.request_id: out.entry for out in effects.entries if out.entry.finish is not None}
+        for message in effects.messages:
+            if isinstance(message, Generate):
+                alive[next(name for name in names if tokens[name] == message.token_ids[3])] = message.id
+        assert requests.dead is None
+        if poison in alive:
+            fall(requests, *alive.values(), now_s=3.0)
+            alive.clear()
+        else:
+            for name in list(alive):
+                requests.heard(Tokens(id=alive[name], ids=[40]), 3.0)
+    assert {name: (entry.finish, entry.error) for name, entry in ended.items() if entry.error} == {
+        poison: (FinishReason.ERROR, BAD)
+    }
+    assert all(entry.finish is FinishReason.LENGTH for name, entry in ended.items() if name != poison)
+    assert len(ended) == 3
+
+
+def test_an_engine_that_fails_one_after_the_other_is_dead_and_all_are_handed_back() -> None:
+    requests = table(max_batch=3)
+    fall(requests, *running(requests, "a", "b", "c").values())
+    for _ in range(2):
+        assert requests.dead is None
+        fall(requests, generates(requests)[-1].id)
+    assert requests.dead is not None
+    assert BAD in requests.dead
+    requests.interrupt_all(requests.dead, 3.0, broken=True)
+    handed = entries(requests)
+    assert {entry.request_id for entry in handed} == {"a", "b", "c"}
+    assert all(entry.interruption is not None and entry.interruption.broken for entry in handed)
+    assert requests.is_idle
+
+
+@pytest.mark.parametrize(("later_s", "is_dead"), [(5.0, True), (100.0, False)])
+def test_an_engine_that_fails_all_twice_in_short_time_is_dead(later_s: float, is_dead: bool) -> None:
+    requests = table()
+    ids = running(requests, "a", "b")
+    fall(requests, *ids.values())
+    again = []
+    for _ in range(2):
+        again.append(generates(requests)[-1].id)
+        requests.heard(Tokens(id=again[-1], ids=[30]), 2.5)
+    fall(requests, *again, now_s=later_s)
+    assert (requests.dead is not None) is is_dead
+
+
+def test_errors_that_come_in_two_batches_are_one_failure() -> None:
+    requests = table()
+    first, second = running(requests, "a", "b").values()
+    fall(requests, first)
+    requests.tick(2.1)
+    fall(requests, second, now_s=2.2)
+    assert entries(requests) == []
+    assert requests.num_running + requests.num_waiting == 2
+
+
+def test_one_that_fails_while_another_goes_on_ends_with_its_error() -> None:
+    requests = table()
+    first, second = running(requests, "a", "b").values()
+    fall(requests, first)
+    requests.heard(Tokens(id=second, ids=[30]), 2.1)
+    requests.tick(2.5)
+    errors = [entry for entry in entries(requests) if entry.error is not None]
+    assert [(entry.request_id, entry.error) for entry in errors] == [("a", BAD)]
+
+
+def test_requests_that_were_wrong_from_the_start_are_no_failure_of_the_engine() -> None:
+    requests = table()
+    ids = [begin(requests, name=name).id for name in "ab"]
+    fall(requests, *ids, error="Token ID out of range")
+    requests.tick(5.0)
+    assert [entry.finish for entry in entries(requests)] == [FinishReason.ERROR] * 2
+    assert requests.dead is None
+
+
+def test_new_requests_wait_while_it_is_open_whose_fault_it_was() -> None:
+    requests = table(max_batch=4)
+    fall(requests, *running(requests, "a", "b").values())
+    assert len(generates(requests)) == 1
+    assert requests.submit(request("new"), 2.1).accepted
+    assert generates(requests) == []
+    for request_id in "ab":
+        requests.cancel(request_id, 2.2)
+    assert [message.token_ids for message in generates(requests)][-1] == [10, 11, 12]
+    assert requests.dead is None
+
+
+def test_an_accused_whom_nobody_is_left_to_convict_is_handed_back() -> None:
+    requests = table()
+    fall(requests, *running(requests, "a", "b").values())
+    fall(requests, generates(requests)[-1].id)
+    requests.cancel("b", 2.2)
+    assert requests.dead is not None
