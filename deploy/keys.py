@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -51,13 +54,24 @@ def read_keys(path: Path) -> KeyFile:
 
 def create_key(path: Path, name: str, now_s: float, **limits: object) -> str:
     """Add a key to the file, which is made if need be; returns the key, which is kept nowhere. Raises CommandError."""
+    if not name.strip() or not name.isprintable():
+        raise CommandError(f"the name of a key must be printable, not {name[:40]!r}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from error
+    with _locked(path):
+        return _create(path, name, now_s, limits)
+
+
+def _create(path: Path, name: str, now_s: float, limits: Mapping[str, object]) -> str:
     file = read_keys(path)
     taken = {key.id for key in file.keys}
     id_ = next(one for one in iter(lambda: secrets.token_hex(4), None) if one not in taken)
     secret, salt = secrets.token_urlsafe(SECRET_BYTES), secrets.token_hex(16)
     fields = {"id": id_, "name": name, "salt": salt, "sha256": hash_secret(salt, secret), "created_s": round(now_s)}
     try:
-        record = msgspec.convert(fields | limits, KeyRecord)
+        record = msgspec.convert({**fields, **limits}, KeyRecord)
     except msgspec.ValidationError as error:
         raise CommandError(str(error)) from error
     _write(path, KeyFile(keys=[*file.keys, record]))
@@ -66,6 +80,11 @@ def create_key(path: Path, name: str, now_s: float, **limits: object) -> str:
 
 def revoke_key(path: Path, id_or_name: str) -> KeyRecord:
     """Take a key out of the file; running gateways refuse it within a second. Raises CommandError."""
+    with _locked(path):
+        return _revoke(path, id_or_name)
+
+
+def _revoke(path: Path, id_or_name: str) -> KeyRecord:
     file = read_keys(path)
     found = [key for key in file.keys if id_or_name in (key.id, key.name)]
     if len(found) != 1:
@@ -75,11 +94,24 @@ def revoke_key(path: Path, id_or_name: str) -> KeyRecord:
     return found[0]
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One at a time reads, changes and writes the file: else the later would undo what the earlier did."""
+    try:
+        descriptor = os.open(path.parent, os.O_RDONLY)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _write(path: Path, file: KeyFile) -> None:
     """So that a reader sees the old content or the new one, and nobody else sees it at all."""
     fresh = path.with_name(path.name + ".new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         fresh.unlink(missing_ok=True)
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb") as out:  # noqa: PTH123  a descriptor

@@ -43,6 +43,9 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
     def __post_init__(self) -> None:
         if not re.fullmatch("[0-9a-f]{8}", self.id):
             raise ValueError(f"id {self.id[:20]!r} must be 8 hexadecimal digits")
+        for name, digits in (("salt", r"(?:[0-9a-f]{2})+"), ("sha256", "[0-9a-f]{64}")):
+            if not re.fullmatch(digits, getattr(self, name)):
+                raise ValueError(f"{name} of key {self.id} must be hexadecimal digits")
         for name in ("requests_per_minute", "tokens_per_minute", "budget_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

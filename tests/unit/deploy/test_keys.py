@@ -4,6 +4,7 @@ import json
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,35 @@ def test_revoke_by_id_or_by_a_name_of_its_own(tmp_path):
         revoke_key(path, "a")
 
 
-def test_a_broken_file_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        '{"keys": [{"id": "aaaaaaaa", "salt": "zz", "sha256": "' + 64 * "0" + '"}]}',
+        '{"keys": [{"id": "aaaaaaaa", "salt": "00", "sha256": "\u00e9"}]}',
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, content):
     path = tmp_path / "keys.json"
-    path.write_text("{")
+    path.write_text(content)
     with pytest.raises(CommandError, match=r"keys\.json is not a file of API keys"):
         read_keys(path)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\x1b[31m"])
+def test_a_name_can_be_read(tmp_path, name):
+    with pytest.raises(CommandError, match="printable"):
+        create_key(tmp_path / "keys.json", name, 0.0)
+
+
+def test_keys_that_are_made_at_once_are_all_kept(tmp_path):
+    path = tmp_path / "keys.json"
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda number: create_key(path, f"k{number}", 0.0), range(40)))
+    assert sorted(f"sk-{key.id}" for key in read_keys(path).keys) == sorted(key[:11] for key in made)
+    with pytest.raises(CommandError, match="no-such-directory"):
+        revoke_key(tmp_path / "no-such-directory" / "k.json", "a")
+    assert not (tmp_path / "no-such-directory").exists()
 
 
 def test_keys_are_required_where_others_can_reach_the_gateway(tmp_path):
