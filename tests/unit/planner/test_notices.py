@@ -405,6 +405,20 @@ def test_desired_capacity_follows_the_load_within_its_limits(make_world):
     assert len(world.desired) <= num_answers + 1, "the load is forgotten once, and nothing else changes"
 
 
+def test_candidates_serve_as_they_are_paid_for_anyway(make_world):
+    def num_pipelines(pool):
+        limits = CapacityLimits(max_spot=6, candidate_pool=pool)
+        world = make_world(options={"limits": limits})
+        world.send(Tick())
+        world.advance(PEAK_S)
+        world.send(LoadReport(gateway="g", arrivals_per_s=0.001, running=0, waiting=0))
+        world.join("i1", "i2", "i3")
+        world.advance(1.0)
+        return len(world.plan.pipelines)
+
+    assert num_pipelines(2) > num_pipelines(0)
+
+
 def test_no_limits_no_desired_capacity(make_world):
     world = make_world()
     world.join("i1", "i2")
