@@ -58,8 +58,8 @@ class RateLimits:
         self._own_tokens: dict[str, int] = {}
         self._others: dict[str, KeyUsage] = {}
 
-    def admit(self, key: KeyRecord, prompt_tokens: int, now_s: float) -> None:
-        """Count a request that may run. Raises ApiError (429)."""
+    def check(self, key: KeyRecord, prompt_tokens: int, now_s: float) -> None:
+        """Raises ApiError (429) if a request may not run now."""
         meter = self._meter(key, now_s)
         if key.budget_tokens is not None and self.used_tokens(key.id) >= key.budget_tokens:
             raise _refused(
@@ -69,6 +69,10 @@ class RateLimits:
             wait_s = bucket.wait_s(amount, now_s) if bucket is not None else 0.0
             if bucket is not None and wait_s > 0:
                 raise _refused(key, f"it may use {bucket.limit} {what} a minute", "rate_limit_exceeded", wait_s)
+
+    def admitted(self, key: KeyRecord, prompt_tokens: int, now_s: float) -> None:
+        """A request has been taken in."""
+        meter = self._meter(key, now_s)
         if meter.requests is not None:
             meter.requests.take(1, now_s)
         self._own_requests[key.id] = self._own_requests.get(key.id, 0) + 1

@@ -151,7 +151,7 @@ class Dispatcher:
         # A prompt is computed, and paid for, once, whatever the number of its choices.
         num_prompt_tokens = sum(len(spec.prompt_ids) for spec in specs if spec.choice == 0)
         if principal.key is not None:
-            self.accounts.limits.admit(principal.key, num_prompt_tokens, now_s)
+            self.accounts.limits.check(principal.key, num_prompt_tokens, now_s)
         admission = self._queue.push(
             names,
             now_s + timeout_s,
@@ -162,6 +162,8 @@ class Dispatcher:
         )
         if not admission.accepted:
             raise queue_full(len(self._queue), self._queue.retry_after_s(now_s))
+        if principal.key is not None:
+            self.accounts.limits.admitted(principal.key, num_prompt_tokens, now_s)
         for name in admission.shed:
             # Others have less in the queue than the owner of this one.
             self._fail(self._choices[name], queue_full(len(self._queue), self._queue.retry_after_s(now_s)))

@@ -130,6 +130,18 @@ async def test_rates_and_budgets(guarded):
     assert "x-ratelimit-limit-requests" not in (await post(stack, "dddddddd")).headers
 
 
+async def test_what_finds_the_queue_full_costs_the_key_nothing(guarded):
+    stack, _ = await guarded(record("aaaaaaaa", requests_per_minute=9), free_slots=1, step_s=0.02, max_queue=1)
+    running = asyncio.create_task(post(stack, "aaaaaaaa", max_tokens=20, ignore_eos=True))
+    await stack.until_counts(running=1)
+    waiting = asyncio.create_task(post(stack, "aaaaaaaa"))
+    await stack.until_counts(waiting=1)
+    refused = await post(stack, "aaaaaaaa")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    assert refused.headers["x-ratelimit-remaining-requests"] == "7"
+    assert [(await task).status_code for task in (running, waiting)] == [200, 200]
+
+
 async def test_a_key_that_floods_does_not_keep_another_waiting(guarded):
     stack, _ = await guarded(record("aaaaaaaa"), record("bbbbbbbb"), free_slots=1, step_s=0.01, max_queue=12)
     done = []
