@@ -17,7 +17,7 @@ from deploy.bus import Command, connect
 from deploy.errors import CommandError
 from deploy.protocol import CommandReply, supervisor_subject
 from deploy.state import Running
-from planner.protocol import Message, PlannerSubjects, Status, StatusRequest
+from planner.protocol import Message, PlannerSubjects, Status, StatusRequest, unpacked
 
 REPLY_TIMEOUT_S = 5.0
 RETRY_DELAY_S = 0.2
@@ -85,7 +85,7 @@ async def _request(running: Running, subject: str, message: Message, reply: type
     client = await connect(running.nats_url, CONNECT_TIMEOUT_S)
     try:
         answer = await _ask(client, subject, msgspec.msgpack.encode(message))
-        return msgspec.msgpack.decode(answer, type=reply)
+        return msgspec.msgpack.decode(unpacked(answer), type=reply)
     except (NoRespondersError, TimeoutError) as error:
         raise CommandError(f"{who} does not answer: it may be starting; try again, or look at its log") from error
     except (NatsError, msgspec.DecodeError) as error:

@@ -24,7 +24,7 @@ from planner.core.fleet import Rank
 from planner.core.invariants import check_plan
 from planner.core.links import Links
 from planner.core.planning import Situation, make_plan
-from planner.protocol import ModelShape, Plan, RankInventory, StepProfile, UnitRange
+from planner.protocol import ModelShape, Plan, RankInventory, StepProfile, UnitRange, packed
 
 TARGETS_S: Final = {48: 0.05, 256: 0.2, 1024: 1.0, 4096: 10.0}
 """By number of ranks."""
@@ -227,7 +227,7 @@ def _time(num_ranks: int, event: str, situation: Situation, num_rounds: int) -> 
         num_pipelines=len(plan.pipelines) if plan else len(last.pipelines),
         num_new=len([p for p in plan.pipelines if p.id not in known]) if plan else 0,
         num_receivers=len(plan.transfers) if plan else 0,
-        plan_bytes=len(msgspec.json.encode(plan)) if plan else 0,
+        plan_bytes=len(packed(msgspec.msgpack.encode(plan))) if plan else 0,
     )
 
 

@@ -27,6 +27,7 @@ from planner.protocol import (
     RankProgress,
     Status,
     StatusRequest,
+    unpacked,
 )
 
 REPLY_TIMEOUT_S: Final = 5.0
@@ -65,7 +66,7 @@ class Recorder:
         decoder = msgspec.msgpack.Decoder(kind)
 
         async def received(message: Any) -> None:
-            handle(time.time(), decoder.decode(message.data))
+            handle(time.time(), decoder.decode(unpacked(message.data)))
 
         await self._client.subscribe(subject, cb=received)
 
@@ -101,7 +102,7 @@ class Recorder:
         with contextlib.suppress(NatsError, TimeoutError):
             question = msgspec.msgpack.encode(StatusRequest())
             reply = await self._client.request(self._planner.status, question, timeout=REPLY_TIMEOUT_S)
-            return msgspec.msgpack.decode(reply.data, type=Status)
+            return msgspec.msgpack.decode(unpacked(reply.data), type=Status)
         return None
 
     def serves(self, pipeline: Pipeline) -> bool:

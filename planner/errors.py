@@ -6,6 +6,7 @@ PlannerError
 ├── InventoryError       an inventory names units that its model does not have, or contradicts itself
 ├── MessageError         another message has a field with an impossible value
 ├── ProfileError         a profile of step times lacks what is asked for, or contradicts itself
+├── MessageTooLargeError NATS does not take a message of this size
 └── PlanInvariantError   a plan contradicts itself: a fault of the planner, the plan is not published
 """
 
@@ -46,6 +47,14 @@ class MessageError(PlannerError):
         self.sender = sender
         self.field = field
         self.reason = reason
+
+
+class MessageTooLargeError(PlannerError):
+    def __init__(self, what: str, num_bytes: int, max_bytes: int) -> None:
+        super().__init__(f"{what} takes {num_bytes} bytes, and NATS {max_bytes} at most: raise max_payload there")
+        self.what = what
+        self.num_bytes = num_bytes
+        self.max_bytes = max_bytes
 
 
 class PlanInvariantError(PlannerError):

@@ -17,7 +17,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from engine.protocol import EngineSubjects
-from planner.protocol import Message, Plan, PlannerSubjects
+from planner.protocol import Message, Plan, PlannerSubjects, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Bus:
 
         async def received(msg: Msg) -> None:
             try:
-                message = decoder.decode(msg.data)
+                message = decoder.decode(unpacked(msg.data))
             except msgspec.MsgspecError as error:
                 logger.warning("event=malformed_message subject=%s cause=%s", msg.subject, error)
                 return
@@ -150,7 +150,7 @@ class Bus:
         try:
             bucket = await stream.key_value(self.planner.plan_bucket)
             entry = await bucket.get("current")
-            return _plan_decoder.decode(entry.value)
+            return _plan_decoder.decode(unpacked(entry.value))
         except (*_AWAY, nats.js.errors.Error):
             return None
         except msgspec.MsgspecError as error:

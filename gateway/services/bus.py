@@ -28,7 +28,7 @@ from engine.protocol import (
     TokenFrame,
 )
 from gateway.protocol import KeyUsage
-from planner.protocol import LoadReport, Plan, PlannerSubjects
+from planner.protocol import LoadReport, Plan, PlannerSubjects, unpacked
 
 _log = logging.getLogger(__name__)
 
@@ -245,7 +245,7 @@ class Bus:
     @staticmethod
     def _decode(subject: str, data: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> _T | None:
         try:
-            return decoder.decode(data)
+            return decoder.decode(unpacked(data))
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             _log.warning("malformed %s on %s: %s", decoder.type.__name__, subject, error)
             return None

@@ -27,6 +27,7 @@ from nats.js.api import (
 from nats.js.errors import BadRequestError, KeyNotFoundError, NoKeysError, NotFoundError
 from nats.js.kv import KeyValue
 
+from planner.errors import MessageTooLargeError
 from planner.protocol import (
     Arrange,
     DesiredCapacity,
@@ -42,6 +43,8 @@ from planner.protocol import (
     PreemptionNotice,
     RankProgress,
     Status,
+    packed,
+    unpacked,
 )
 from planner.telemetry import line
 
@@ -56,6 +59,8 @@ REQUEST_TIMEOUT_S: Final = 2.0
 INVENTORY_TTL_S: Final = 10.0
 TOKEN_LOG_BYTES: Final = 64 * 1024 * 1024
 HOUR_S: Final = 3600.0
+HEADER_BYTES: Final = 1024
+"""More than the trace context takes: headers count against the server's limit."""
 STALE_LAUNCH_S: Final = 600.0
 """An older launch in the stream is of an instance that never came."""
 
@@ -221,7 +226,7 @@ class Bus:
 
         async def answer(message: Msg) -> None:
             if message.reply:
-                await self._nc.publish(message.reply, _encode(status()))
+                await self._nc.publish(message.reply, packed(_encode(status())))
 
         await self._nc.subscribe(self._subjects.status, cb=answer)
 
@@ -275,8 +280,14 @@ class Bus:
     # --- Send ---
 
     async def publish_plan(self, plan: Plan, headers: dict[str, str]) -> None:
-        """Keep it, then announce it. Raises NatsError, TimeoutError or OSError while the server is away."""
-        payload = _encode(plan)
+        """Keep it, then announce it.
+
+        Raises MessageTooLargeError if the server takes no message of this size, and NatsError, TimeoutError or OSError
+        while it is away.
+        """
+        payload = packed(_encode(plan))
+        if self._nc.is_connected and len(payload) + HEADER_BYTES > self._nc.max_payload:
+            raise MessageTooLargeError(f"plan of epoch {plan.epoch}", len(payload) + HEADER_BYTES, self._nc.max_payload)
         await self._plans.put(PLAN_KEY, payload)
         await self._nc.publish(self._subjects.plan, payload, headers=headers or None)
 
@@ -314,7 +325,7 @@ class Bus:
 def _decode(source: str, payload: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T | None:
     """None, and a line in the log, if the message is malformed."""
     try:
-        return decoder.decode(payload)
+        return decoder.decode(unpacked(payload))
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         log.warning(line("dropped", subject=source, reason=error, num_bytes=len(payload)))
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -26,7 +27,7 @@ from planner.core.effects import (
     WatchInstance,
 )
 from planner.core.state_machine import PlannerState
-from planner.errors import PlannerError
+from planner.errors import MessageTooLargeError, PlannerError
 from planner.protocol import Arrange, DesiredCapacity, Explanation, InstanceLost, Plan
 from planner.services.bus import RETRY_S, Bus, Incoming
 from planner.services.liveness import Liveness
@@ -36,6 +37,10 @@ from planner.telemetry import Tracing, line
 log = logging.getLogger("planner")
 
 LEVELS: Final = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR}
+
+
+TOO_LARGE_RETRY_S: Final = 10.0
+"""The operator may raise the server's limit while it runs."""
 
 
 class Controller:
@@ -191,10 +196,20 @@ class Outbox:
             self._wake.clear()
             try:
                 await self._send()
+            except MessageTooLargeError as error:
+                log.error(line("publish failed, the fleet stays with the last plan that it has", error=error))
+                await self._wait(TOO_LARGE_RETRY_S)
             except (NatsError, OSError, TimeoutError) as error:
                 log.warning(line("publish failed, trying again", error=repr(error)))
                 await asyncio.sleep(RETRY_S)
                 self._wake.set()
+
+    async def _wait(self, delay_s: float) -> None:
+        """For the next thing to send, and no longer than `delay_s`: it tries again then."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay_s):
+                await self._wake.wait()
+        self._wake.set()
 
     async def _send(self) -> None:
         while not self._is_sent and self._plan is not None:

@@ -34,6 +34,7 @@ from planner.protocol import (
     RankInventory,
     Status,
     StatusRequest,
+    unpacked,
 )
 
 MODEL = "tiny"
@@ -64,6 +65,7 @@ def free_port() -> int:
 class NatsServer:
     def __init__(self, directory: Path) -> None:
         self.port = free_port()
+        self.max_payload = "1MB"
         self.directory = directory
         self.url = f"nats://127.0.0.1:{self.port}"
         self.process: asyncio.subprocess.Process
@@ -71,8 +73,10 @@ class NatsServer:
     async def start(self) -> None:
         binary = shutil.which("nats-server", path=sysconfig.get_path("scripts"))
         assert binary is not None
+        config = self.directory.with_suffix(".conf")
+        config.write_text(f"max_payload: {self.max_payload}\n")
         self.process = await asyncio.create_subprocess_exec(
-            binary, "-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.directory),
+            binary, "-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.directory), "-c", str(config),
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
         await until(self.answers, 10)
@@ -116,10 +120,11 @@ class Planner:
 
 
 class Agent:
-    """One instance of one rank: inventory every 2 s, and a beating socket."""
+    """One instance of one rank, or of more: inventory every 2 s, and a beating socket."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, num_ranks: int = 1) -> None:
         self.name = name
+        self.num_ranks = num_ranks
         self.epoch = 0
         self.runs: str | None = None
         self.model = SHAPE
@@ -161,13 +166,14 @@ class Agent:
             model=self.model,
             ranks=[
                 RankInventory(
-                    rank=f"{self.name}-0",
+                    rank=f"{self.name}-{index}",
                     device="cpu",
                     memory_bytes=10_000_000,
                     context_address=f"127.0.0.1:{self.port}1",
                     store_address=f"127.0.0.1:{self.port}2",
                     pipeline=self.runs,
                 )
+                for index in range(self.num_ranks)
             ],
             epoch=self.epoch,
         )
@@ -210,7 +216,7 @@ class Stack:
         await self.planner.start()
 
     async def take_plan(self, message) -> None:
-        plan = msgspec.msgpack.decode(message.data, type=Plan)
+        plan = msgspec.msgpack.decode(unpacked(message.data), type=Plan)
         self.plans.append((time.monotonic(), plan))
         for pipeline in plan.pipelines:
             for agent in self.agents.values():
@@ -249,7 +255,7 @@ class Stack:
 
     async def status(self) -> Status:
         reply = await self.nc.request(SUBJECTS.status, encode(StatusRequest()), timeout=2)
-        return msgspec.msgpack.decode(reply.data, type=Status)
+        return msgspec.msgpack.decode(unpacked(reply.data), type=Status)
 
     async def close(self) -> None:
         for agent in self.agents.values():
@@ -269,9 +275,10 @@ async def ignore(_error) -> None:
 async def make_stack(tmp_path):
     stacks = []
 
-    async def make(**settings: str) -> Stack:
+    async def make(max_payload: str = "1MB", **settings: str) -> Stack:
         """`settings` of the planner."""
         stacks.append(Stack(tmp_path, **settings))
+        stacks[-1].server.max_payload = max_payload
         await stacks[-1].start()
         return stacks[-1]
 
@@ -421,6 +428,30 @@ async def test_planner_restart_goes_on_from_its_plan(stack):
     assert status.epoch == plan.epoch
     assert {i.id: i.state for i in status.instances}["i2"] is InstanceState.GRACE
     assert len(status.history) == plan.epoch
+
+
+async def test_a_plan_for_thousands_of_ranks_fits_through_nats_as_it_is_installed(make_stack):
+    stack = await make_stack(pipeline="1", tensor="1")
+    stack.agents["i1"] = Agent("i1", num_ranks=4000)
+    await stack.agents["i1"].start(stack.nc)
+    plan = await until(lambda: stack.plan if stack.plans else None, 30)
+    assert len(plan.pipelines) == 4000
+    assert len(encode(plan)) > stack.nc.max_payload, "it would not fit as it is"
+    assert (await stack.status()).plan == plan
+    bucket = await stack.nc.jetstream().key_value(SUBJECTS.plan_bucket)
+    assert msgspec.msgpack.decode(unpacked((await bucket.get("current")).value), type=Plan) == plan
+
+
+async def test_a_server_that_takes_no_plan_is_told_of_and_the_plan_comes_later(make_stack):
+    stack = await make_stack(max_payload="2KB")
+    stack.agents["i1"] = Agent("i1")
+    await stack.agents["i1"].start(stack.nc)
+    await until(lambda: "raise max_payload" in stack.planner.text(), 10)
+    assert "plan of epoch 1 takes" in stack.planner.text()
+    await stack.server.stop()
+    stack.server.max_payload = "1MB"
+    await stack.server.start()
+    assert (await stack.serving("i1")).epoch >= 1
 
 
 async def test_nats_restart(stack):
