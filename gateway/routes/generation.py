@@ -51,7 +51,7 @@ async def _reply(request: Request[Any, Any, Any], front: Front, body: Generation
     """The answer as a whole or as a stream; a stream begins with its first token, so early errors are plain."""
     try:
         if not body.stream:
-            whole = await unless_gone(request.receive, answer.body())
+            whole = await unless_gone(request.scope, answer.body())
             answer.close()
             return JsonReply(whole)
         events = answer.events(
@@ -59,14 +59,14 @@ async def _reply(request: Request[Any, Any, Any], front: Front, body: Generation
             continuous_usage=body.continuous_usage,
             keep_alive_s=front.settings.keep_alive_s,
         )
-        first = await unless_gone(request.receive, next_bytes(events))
+        first = await unless_gone(request.scope, next_bytes(events))
     except ClientGone:
         answer.close()
         return NoReply()
     except BaseException:
         answer.close()
         raise
-    return StreamReply(first, events, answer.close, events.write_to)
+    return StreamReply(first, events, answer.close)
 
 
 async def _maybe_in_thread(data: bytes, work: Any, *args: Any) -> Any:

@@ -14,7 +14,8 @@ from litestar import Request
 from litestar.types import Receive, Scope, Send
 
 from gateway.errors import ApiError, bad_request
-from gateway.services.http_protocol import BODY_WRITER, BodyWriter
+from gateway.services.answer import EventStream
+from gateway.services.http_protocol import Exchange
 
 _T = TypeVar("_T")
 
@@ -77,43 +78,38 @@ class NoReply:
 
 
 class ClientWatch:
-    """`async with ClientWatch(receive) as watch`: what runs inside ends with ClientGone when the client disconnects.
+    """`async with ClientWatch(scope) as watch`: what runs inside ends with ClientGone when the client disconnects.
 
-    The work stays in its own task: one more task, which waits for the client, is all that a request needs.
+    The work stays in its own task, the only one of the request.
     """
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
+    def __init__(self, scope: Scope) -> None:
+        self._exchange = Exchange.of(scope)
         self._working: asyncio.Task[Any] | None = None
-        self._watching: asyncio.Task[None] | None = None
         self._gone: ClientGone | None = None
 
     async def __aenter__(self) -> ClientWatch:
+        if self._exchange.gone:
+            raise ClientGone
         self._working = asyncio.current_task()
-        self._watching = asyncio.ensure_future(self._watch())
+        self._exchange.watch(self.end)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
     ) -> None:
-        assert self._watching is not None
         assert self._working is not None
-        self._watching.cancel()
+        self._exchange.unwatch()
         if self._gone is not None:
             self._working.uncancel()
             if kind is asyncio.CancelledError:
                 raise self._gone
 
-    def end(self, cause: str | None) -> None:
+    def end(self, cause: str | None = None) -> None:
         """Stop the work now; `cause` goes into ClientGone."""
         if self._gone is None and self._working is not None:
             self._gone = ClientGone(cause)
             self._working.cancel()
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.end(None)
 
 
 class StreamReply:
@@ -123,18 +119,10 @@ class StreamReply:
     socket buffer of text for it and its token ids, at most max_tokens.
     """
 
-    def __init__(
-        self,
-        first: bytes,
-        rest: AsyncIterator[bytes],
-        close: Callable[..., None],
-        write_to: Callable[[BodyWriter], None] | None = None,
-    ) -> None:
-        """`write_to` tells who makes `rest` that it may write by itself while it is waited for."""
+    def __init__(self, first: bytes, rest: AsyncIterator[bytes], close: Callable[..., None]) -> None:
         self._first = first
         self._rest = rest
         self._close = close
-        self._write_to = write_to
         self._sending = 0
         """Number of the event that is being sent; 0: none."""
 
@@ -143,7 +131,7 @@ class StreamReply:
         cause: tuple[str, ...] = ()
         stall = None
         try:
-            async with ClientWatch(receive) as watch:
+            async with ClientWatch(scope) as watch:
                 stall = _Stall(self, front.settings.slow_reader_timeout_s, watch.end)
                 await self._send(scope, send)
         except ClientGone as gone:
@@ -161,20 +149,24 @@ class StreamReply:
         return self._sending
 
     async def _send(self, scope: Scope, send: Send) -> None:
-        extensions: Mapping[str, Any] = scope.get("extensions") or {}
-        writer: BodyWriter | None = extensions.get(BODY_WRITER)
+        exchange, rest = Exchange.of(scope), self._rest
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-        await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        if writer is not None and self._write_to is not None:
-            self._write_to(writer)
-        number = 1
-        async for data in self._rest:
+        if exchange.ready:
+            exchange.write(self._first)
+        else:
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        if isinstance(rest, EventStream):
+            rest.write_to(exchange)
+        number, more_body = 1, True
+        async for data in rest:
             number += 1
             self._sending = number
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            more_body = not (isinstance(rest, EventStream) and rest.has_ended)
+            await send({"type": "http.response.body", "body": data, "more_body": more_body})
             self._sending = 0
-        self._sending = number + 1
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if more_body:
+            self._sending = number + 1
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class _Stall:
@@ -198,10 +190,13 @@ class _Stall:
         self._timer = asyncio.get_running_loop().call_later(self._timeout_s / 10, self._look)
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+async def unless_gone(scope: Scope, work: Coroutine[Any, Any, _T]) -> _T:
     """The result of `work`; raises ClientGone, and stops it, if the client disconnects before."""
-    async with ClientWatch(receive):
-        return await work
+    try:
+        async with ClientWatch(scope):
+            return await work
+    finally:
+        work.close()
 
 
 async def next_bytes(events: AsyncIterator[bytes]) -> bytes:

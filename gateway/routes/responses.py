@@ -23,11 +23,11 @@ async def create_response(request: Request[Any, Any, Any]) -> ASGIApp:
         return JsonReply(await responses.run_in_background(running))
     try:
         if not body.stream:
-            whole = await unless_gone(request.receive, responses.run(running))
+            whole = await unless_gone(request.scope, responses.run(running))
             running.answer.close()
             return JsonReply(whole)
         events = responses.stream(running)
-        first = await unless_gone(request.receive, next_bytes(events))
+        first = await unless_gone(request.scope, next_bytes(events))
     except ClientGone:
         running.answer.close()
         return NoReply()

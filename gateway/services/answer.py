@@ -180,7 +180,9 @@ class EventStream:
         self._answer, self._generation = answer, generation
         self._include_usage, self._continuous_usage = include_usage, continuous_usage
         self._keep_alive_s = keep_alive_s
-        self._began = self._has_ended = False
+        self._began = False
+        self.has_ended = False
+        """What was given last is the end."""
         self._last = b""
         """What `_write_at_once` has left to the reader: the end."""
         self._fault: Exception | None = None
@@ -193,12 +195,12 @@ class EventStream:
         return self
 
     async def __anext__(self) -> bytes:
-        while not self._has_ended:
+        while not self.has_ended:
             try:
                 deliveries = await self._generation.next(self._keep_alive_s)
             except ApiError as error:
                 self._answer.end(error)
-                self._has_ended = True
+                self.has_ended = True
                 if not self._began:
                     raise
                 return sse.event(error.envelope()) + sse.DONE
@@ -207,7 +209,7 @@ class EventStream:
             data = self._last or self._encode(deliveries)
             if self._answer.has_finished:
                 self._answer.end(None)
-                self._has_ended = True
+                self.has_ended = True
             if data:
                 return data
             if not deliveries and self._began:

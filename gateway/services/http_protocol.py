@@ -7,27 +7,47 @@ Granian was not taken: it has no hook at the start of a shutdown, which draining
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 """Request line and headers."""
-BODY_WRITER: Final = "spotserve.body_writer"
-"""Name of an extension in a request's scope: its `BodyWriter`."""
+_HELD_BYTES: Final = 512
+"""So much may wait for what follows: the head of an answer leaves together with the start of its body."""
+_EXCHANGE: Final = "spotserve.exchange"
+"""Name of an extension in a request's scope."""
 
 
-class BodyWriter:
-    """Writes parts of the body of one answer that has begun, outside of ASGI: it need not be awaited.
+class Exchange:
+    """One request and its answer, beside ASGI: what it would take a task for, or a switch to one, for each event."""
 
-    The end of the body, and what comes while it is not `ready`, goes through ASGI's `send`.
-    """
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
+    def __init__(self, protocol: BoundedHttp, cycle: RequestResponseCycle) -> None:
+        self._protocol = protocol
         self._cycle = cycle
+
+    @staticmethod
+    def of(scope: Mapping[str, Any]) -> Exchange:
+        """The exchange of an ASGI scope."""
+        found: Exchange = scope["extensions"][_EXCHANGE]
+        return found
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client has disconnected."""
+        return self._cycle.disconnected
+
+    def watch(self, on_gone: Callable[[], None]) -> None:
+        """Call `on_gone` when the client disconnects, until `unwatch`."""
+        self._protocol.watchers[self] = on_gone
+
+    def unwatch(self) -> None:
+        self._protocol.watchers.pop(self, None)
 
     @property
     def ready(self) -> bool:
+        """Whether `write` may be called: the body has begun, and the client takes it."""
         cycle = self._cycle
         return bool(
             cycle.chunked_encoding
@@ -36,8 +56,9 @@ class BodyWriter:
         )
 
     def write(self, data: bytes) -> None:
-        """`data` must not be empty."""
+        """Send a part of the body, not empty; its end goes through ASGI, and what comes while this is not `ready`."""
         self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self._protocol.hold_nothing()
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -45,16 +66,33 @@ class BoundedHttp(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._is_plain = True
+        self._holds_nothing = False
+        self.watchers: dict[Exchange, Callable[[], None]] = {}
         self._num_head_bytes: int | None = 0
         """Of the head that has not ended; None within a body, and in what was received together with the end of one."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # uvicorn's own signature
         super().connection_made(transport)
-        # uvloop would write at the end of its round, when all streams of a frame have been worked on: an event is to
-        # leave when it is made. Nothing is held for a slow reader beside what the socket takes. (Not under TLS:
-        # there such a bound stops the answer for good.)
-        if transport.get_extra_info("sslcontext") is None:
-            transport.set_write_buffer_limits(high=0)
+        # Under TLS such a bound stops the answer for good.
+        self._is_plain = transport.get_extra_info("sslcontext") is None
+        if self._is_plain:
+            transport.set_write_buffer_limits(high=_HELD_BYTES)
+
+    def hold_nothing(self) -> None:
+        """What is written of this answer leaves at once.
+
+        uvloop would write at the end of its round, when other streams have been worked on. And nothing is held for a
+        slow reader beside what the socket takes.
+        """
+        if self._is_plain and not self._holds_nothing:
+            self._holds_nothing = True
+            self.transport.set_write_buffer_limits(high=0)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for on_gone in list(self.watchers.values()):
+            on_gone()
 
     def data_received(self, data: bytes) -> None:
         if self._num_head_bytes is None and self.cycle is not None and not self.cycle.more_body:
@@ -69,4 +107,10 @@ class BoundedHttp(HttpToolsProtocol):
         self._num_head_bytes = None
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is self.scope:
-            self.scope["extensions"] = {BODY_WRITER: cast("Any", BodyWriter(self.cycle))}
+            self.scope["extensions"] = {_EXCHANGE: cast("Any", Exchange(self, self.cycle))}
+
+    def on_response_complete(self) -> None:
+        if self._holds_nothing and not self.transport.is_closing():
+            self._holds_nothing = False
+            self.transport.set_write_buffer_limits(high=_HELD_BYTES)
+        super().on_response_complete()

@@ -43,6 +43,7 @@ from engine.protocol import (
     TokenLogprobs,
 )
 from gateway.app import create_app
+from gateway.services.http_protocol import BoundedHttp
 from gateway.services.tokenizer import TextTokenizer
 from gateway.settings import Settings
 from gateway.telemetry import no_tracer
@@ -529,7 +530,9 @@ async def stacks(nats_server: NatsServer, model_dir: Path) -> AsyncIterator[Any]
         listener = socket.create_server(("127.0.0.1", 0))
         if send_buffer_bytes:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
-        config = uvicorn.Config(app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=3)
+        config = uvicorn.Config(
+            app, http=BoundedHttp, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=3
+        )
         server = uvicorn.Server(config)
         task = asyncio.create_task(server._serve([listener]))
         client = await nats.connect(url, max_reconnect_attempts=-1, reconnect_time_wait=0.1)
