@@ -5,7 +5,7 @@ Off unless the usual OTEL_* variables name an exporter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
@@ -49,14 +49,17 @@ def _exporter(environ: Mapping[str, str]) -> SpanExporter | None:
 
 
 class RequestTrace:
-    """The server span of one request."""
+    """The server span of one request; nothing if nobody traces, neither here nor at the caller."""
 
     def __init__(self, tracer: Tracer, operation: str, model: str, headers: Mapping[str, str]) -> None:
         self._tracer = tracer
-        parent = _propagator.extract({"traceparent": headers.get("traceparent", "")})
+        traceparent = headers.get("traceparent", "")
+        self._span: Span | None = None
+        if not traceparent and isinstance(tracer, trace.NoOpTracer):
+            return
         self._span = tracer.start_span(
             operation,
-            context=parent,
+            context=_propagator.extract({"traceparent": traceparent}),
             kind=SpanKind.SERVER,
             attributes={
                 "gen_ai.operation.name": operation,
@@ -69,11 +72,17 @@ class RequestTrace:
     def choice(self, index: int) -> ChoiceTrace:
         return ChoiceTrace(self, index)
 
+    @property
+    def is_recorded(self) -> bool:
+        return self._span is not None
+
     def child(self, name: str, attributes: Mapping[str, str | int | float]) -> Span:
         return self._tracer.start_span(name, context=self._context, attributes=dict(attributes))
 
     def end(self, *, prompt_tokens: int, completion_tokens: int, error: str | None = None) -> None:
         """Close the span; `error` marks it failed."""
+        if self._span is None:
+            return
         self._span.set_attribute("gen_ai.usage.input_tokens", prompt_tokens)
         self._span.set_attribute("gen_ai.usage.output_tokens", completion_tokens)
         if error is not None:
@@ -90,14 +99,20 @@ class ChoiceTrace:
         self._span: Span | None = None
 
     def queued(self, reason: str) -> None:
+        if not self._request.is_recorded:
+            return
         self.end()
         self._span = self._request.child("queue", {"choice": self._index, "reason": reason})
 
-    def attempt(self, pipeline: str, attempt: int, reason: str, why: Mapping[str, str | int | float]) -> None:
+    def attempt(
+        self, pipeline: str, attempt: int, reason: str, why: Callable[[], Mapping[str, str | int | float]]
+    ) -> None:
         """`why`: what spoke for the pipeline."""
+        if not self._request.is_recorded:
+            return
         self.end()
         attributes: dict[str, str | int | float] = {
-            **why,
+            **why(),
             "choice": self._index,
             "pipeline": pipeline,
             "attempt": attempt,

@@ -332,7 +332,7 @@ class Dispatcher:
             self.router.submitting(pipeline)
             left = state.last_pipeline if state.reached_last_pipeline else None
             reason = "resume" if state.token_ids else ("retry" if state.last_pipeline else "new")
-            running.trace.attempt(pipeline, state.attempt, reason, decision.attributes())
+            running.trace.attempt(pipeline, state.attempt, reason, decision.attributes)
             self._handle(running, request_state.Dispatched(pipeline))
             self._spawn(self._submit(running, pipeline, left))
 

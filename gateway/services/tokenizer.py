@@ -48,12 +48,9 @@ class TextTokenizer:
         self.eos_token_ids = self._find_eos_ids(config, generation_config)
         self.template_source = _template_source(model_dir, tokenizer_config)
         """The chat template; None if there is none."""
-        self._template = _load_template(model_dir, self.template_source)
-
-    @property
-    def knows_tools(self) -> bool:
+        self.knows_tools = re.search(r"\btools\b", self.template_source or "") is not None
         """Whether the chat template writes tools into the prompt."""
-        return self.template_source is not None and re.search(r"\btools\b", self.template_source) is not None
+        self._template = _load_template(model_dir, self.template_source)
 
     def special_id(self, text: str) -> int | None:
         """Id of the special token that is written so; None if there is none."""
@@ -242,9 +239,12 @@ def _load_template(model_dir: Path, source: str | None) -> jinja2.Template | Non
     if source is None:
         return None
     try:
-        return _template_environment().from_string(source)
+        template = _template_environment().from_string(source)
     except jinja2.TemplateError as error:
         raise ModelDirectoryError(str(model_dir), f"chat template: {error}") from error
+    # A chain of mappings, copied for each prompt: one dict is quicker.
+    template.globals = dict(template.globals)
+    return template
 
 
 def _template_environment() -> jinja2.Environment:
