@@ -106,7 +106,7 @@ def test_more_sends_than_may_be_pending_arrive_in_order(store: TCPStore, pool: T
 
 
 def test_who_does_not_come_is_named(store: TCPStore, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(communicator, "FORM_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(communicator, "FORM_TIMEOUT_S", 3.0)
     futures = form(pool, [p for p in positions(store, ["a"], ["b"], ["c"]) if p.index != 1])
     for future in futures:
         with pytest.raises(PipelineBroken, match=r"p1 .*\bb\b.* did not come"):
