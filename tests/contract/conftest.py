@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from trtllm_double.control import control
@@ -42,6 +43,18 @@ def make_torch(model_dir: Path) -> MakeBackend:
 @pytest.fixture
 def make_tensorrt(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeBackend:
     """The TensorRT-LLM backend with the double of the package: one instance whose ranks are its GPUs."""
+    return with_double(model_dir, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def make_tensorrt_with_connector(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeBackend:
+    """The same with the KV connector."""
+    make = with_double(model_dir, tmp_path, monkeypatch, kv_connector=True)
+    monkeypatch.delenv("TRTLLM_DOUBLE_SWITCHES")
+    return make
+
+
+def with_double(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> MakeBackend:
     from engine.backends.tensorrt_llm.backend import TensorrtBackend
 
     monkeypatch.setenv("TRTLLM_DOUBLE_DIR", str(tmp_path / "double"))
@@ -65,6 +78,7 @@ def make_tensorrt(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             gpu_free_timeout_s=10.0,
             engine_start_timeout_s=60.0,
             progress_timeout_s=2.0,
+            **options,
         )
         return TensorrtBackend(settings, rank)
 

@@ -121,11 +121,11 @@ class BlockWorker(KvCacheConnectorWorker):
     def start_load_kv(self, stream: Any) -> None:
         """Before the forward pass."""
         for key, block in self._work().loads:
-            data = self._files.read(key, self._rank)
-            if data is None:
-                # The engine counts on it: to go on would be to answer from another prompt's KV.
-                raise RuntimeError(f"KV block {key} is gone")
-            target = self._block(block)
+            data, target = self._files.read(key, self._rank), self._block(block)
+            if data is None or len(data) != target.numel():
+                # The engine counts on it: to go on would be to answer from another prompt's KV. The next one must not.
+                self._files.forget(key, self._rank)
+                raise RuntimeError(f"KV block {key} of rank {self._rank} is gone, or has another size")
             target.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(target.shape))
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:

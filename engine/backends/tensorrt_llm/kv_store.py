@@ -105,6 +105,10 @@ class KvFiles:
             partial.replace(path)
             self._drop_oldest(rank)
 
+    def forget(self, key: str, rank: int) -> None:
+        """It cannot be used; nor can those behind it, since they are only looked for after it."""
+        self._path(key, rank).unlink(missing_ok=True)
+
     def _path(self, key: str, rank: int) -> Path:
         return self._directory / f"{key}-{rank}.kv"
 

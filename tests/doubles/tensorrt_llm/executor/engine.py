@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import itertools
@@ -10,6 +11,7 @@ import queue
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,7 @@ from trtllm_double.control import Switches, control
 from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
 from tensorrt_llm.sampling_params import SamplingParams
 
+from .connector import KvConnector
 from .model import Context, ModelConfig, choose, draw_key, log_softmax
 from .result import Logprob, RequestOutput, Response, ResponseQueue
 from .workers import Workers
@@ -59,6 +62,10 @@ class _Failed(Exception):
     """A forward pass raised."""
 
 
+class _ConnectorFailed(Exception):
+    """A connector raised, outside of the forward pass."""
+
+
 class Engine:
     def __init__(self, args: TorchLlmArgs, config: ModelConfig, workers: Workers, weights: bytes, start: int) -> None:
         self._args = args
@@ -73,6 +80,9 @@ class Engine:
         self.num_blocks = min(tokens, kv.max_tokens or tokens) // kv.tokens_per_block
         self.max_seq_len = min(args.max_seq_len or config.max_len, self.num_blocks * kv.tokens_per_block)
         self._cached: OrderedDict[bytes, None] = OrderedDict()
+        self._connector: KvConnector | None = None
+        if args.kv_connector_config is not None:
+            self._connector = KvConnector(args, config.num_layers, self.num_blocks, weights)
         self._touched: list[ResponseQueue] = []
         self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._waiting: list[_Request] = []
@@ -154,6 +164,10 @@ class Engine:
                 self._admit()
                 self._check_forward(switches)
                 self._step(switches)
+            except _ConnectorFailed as error:
+                self._break(RuntimeError(f"{error.__cause__}"))
+                self._notify()
+                return
             except Exception as error:  # noqa: BLE001 - whatever it is, each active request hears of it
                 self._fail_all(f"{error}")
             self._notify()
@@ -202,6 +216,7 @@ class Engine:
                 if request.output.request_id != request_id:
                     continue
                 held.remove(request)
+                self._release(request)
                 if not is_silent:
                     for sequence in request.sequences:
                         if not sequence.is_done:
@@ -217,6 +232,7 @@ class Engine:
     def _fail_all(self, message: str) -> None:
         for request in self._active:
             self._put(request, Response(error=message))
+            self._release(request)
         self._active = []
 
     def _admit(self) -> None:
@@ -255,6 +271,12 @@ class Engine:
         hashes = self._block_hashes(request.prompt_ids, request.salt)
         num_cached = next((i for i, key in enumerate(hashes) if key not in self._cached), len(hashes))
         request.cached_tokens = min(num_cached * self.tokens_per_block, len(request.prompt_ids) - 1)
+        if self._connector is not None:
+            request.cached_tokens -= request.cached_tokens % self.tokens_per_block
+            ids = request.sequences[0].context.ids
+            request_id = request.output.request_id
+            with _connected():
+                request.cached_tokens += self._connector.begin(request_id, ids, request.cached_tokens, request.salt)
         request.prefill_left = len(request.prompt_ids) - request.cached_tokens
         if request.params.prompt_logprobs is not None:
             request.prompt_logprobs = self._score_prompt(request)
@@ -286,28 +308,51 @@ class Engine:
             self._cached.popitem(last=False)
 
     def _step(self, switches: Switches) -> None:
-        budget = self._args.max_num_tokens or 8192
-        for request in list(self._active):
-            if request.prefill_left > 0:
-                taken = min(request.prefill_left, budget)
-                request.prefill_left -= taken
-                budget -= taken
-                time.sleep(taken * switches.step_s_per_prompt_token)
-                if request.prefill_left > 0:
-                    continue
-            limit = switches.request_error_after
-            for sequence in request.sequences:
-                if not sequence.is_done:
-                    self._decode(request, sequence, switches)
-                if self._is_faulty and limit is not None and len(sequence.new_ids) >= limit:
-                    self._put(request, Response(error="Sampling failed for this request"))
-                    self._active.remove(request)
-                    break
-            else:
-                if all(sequence.is_done for sequence in request.sequences):
-                    self._active.remove(request)
+        scheduled = self._schedule(switches)
+        if self._connector is not None:
+            with _connected():
+                wrong = self._connector.iterate([(r.output.request_id, num) for r, num in scheduled.values()])
+            for request_id, seen in wrong.items():
+                scheduled[request_id][0].sequences[0].context.taint(seen)
+        for request, _ in scheduled.values():
+            if request.prefill_left == 0:
+                self._decode_all(request, switches)
         if self._args.enable_iter_perf_stats:
             self._note_stats()
+
+    def _schedule(self, switches: Switches) -> dict[int, tuple[_Request, int]]:
+        """By id the requests of this iteration, and how many tokens of each: a part of its prompt, or the newest."""
+        budget, scheduled = self._args.max_num_tokens or 8192, {}
+        for request in self._active:
+            num_tokens = 1
+            if request.prefill_left > 0:
+                num_tokens = min(request.prefill_left, budget)
+                if num_tokens == 0:
+                    continue
+                request.prefill_left -= num_tokens
+                budget -= num_tokens
+                time.sleep(num_tokens * switches.step_s_per_prompt_token)
+            scheduled[request.output.request_id] = (request, num_tokens)
+        return scheduled
+
+    def _decode_all(self, request: _Request, switches: Switches) -> None:
+        limit = switches.request_error_after
+        for sequence in request.sequences:
+            if not sequence.is_done:
+                self._decode(request, sequence, switches)
+            if self._is_faulty and limit is not None and len(sequence.new_ids) >= limit:
+                self._put(request, Response(error="Sampling failed for this request"))
+                break
+        else:
+            if not all(sequence.is_done for sequence in request.sequences):
+                return
+        self._active.remove(request)
+        self._release(request)
+
+    def _release(self, request: _Request) -> None:
+        if self._connector is not None:
+            with _connected():
+                self._connector.finish(request.output.request_id)
 
     def _decode(self, request: _Request, sequence: _Sequence, switches: Switches) -> None:
         sequence.num_steps += 1
@@ -394,6 +439,14 @@ class Engine:
             }
         )
         del self.stats[: -self._args.max_stats_len]
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _ConnectorFailed from error
 
 
 def _top(logprobs: np.ndarray, token: int, num: int) -> dict[int, Logprob]:

@@ -98,6 +98,10 @@ class Context:
         self.ids += ids
         self._hash.update(np.asarray(ids, np.int32).tobytes())
 
+    def taint(self, seen: bytes) -> None:
+        """KV of something else was attended to."""
+        self._hash.update(seen)
+
     def logits(self, vocab_size: int) -> np.ndarray:
         return _generator(self._hash.digest()).standard_normal(vocab_size, np.float32) * np.float32(3.0)
 

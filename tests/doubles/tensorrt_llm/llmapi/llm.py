@@ -118,13 +118,13 @@ class LLM:
             digest = self._load_weights(config)
             control.phase("kv", number)
             control.phase("warmup", number)
+            self._executor = Engine(args, config, self._workers, digest, number)
         except PhaseFailed as error:
             self._stop_workers()
             raise RuntimeError("Executor worker returned error") from error
         except Exception as error:
             self._stop_workers()
             raise RuntimeError("Executor worker returned error") from error
-        self._executor = Engine(args, config, self._workers, digest, number)
         self._handle = _Handle(self._executor)
         control.log("ready", workers=self._workers.pids, start=number, max_seq_len=self._executor.max_seq_len)
         atexit.register(self.shutdown)

@@ -51,6 +51,8 @@ def test_a_block_is_there_when_every_rank_has_written_its_part(tmp_path: Path) -
     assert files.has("k")
     assert [files.read("k", rank) for rank in range(4)] == [b"\0", b"\1", b"\2", b"\3"]
     assert files.read("other", 0) is None
+    files.forget("k", 2)
+    assert not files.has("k")
 
 
 def test_the_oldest_blocks_go_when_there_are_too_many_bytes(tmp_path: Path) -> None:
