@@ -135,6 +135,13 @@ class PlannerState:
         effects = self._hear(event, now_s)
         return effects + self._advance(now_s)
 
+    def set_limits(self, limits: CapacityLimits) -> None:
+        """What the operator allows, or the market has, from now on; only where there have been limits before."""
+        assert self._provisioning is not None, "this planner takes the fleet as it comes"
+        if limits != self._provisioning.limits:
+            self._provisioning.limits = limits
+            self._provisioning.note_change()
+
     def next_wakeup_s(self, now_s: float) -> float:
         """When a `Tick` is due at the latest; infinite if nothing waits for time to pass."""
         return min(
