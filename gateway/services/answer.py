@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from gateway.core import sse
@@ -63,6 +64,9 @@ class Answer:
         num_completion_tokens = sum(fold.num_tokens for fold in self._folds)
         num_reasoning_tokens = sum(fold.num_reasoning_tokens for fold in self._folds)
         return Usage(self._num_prompt_tokens, num_completion_tokens, self._num_cached_tokens, num_reasoning_tokens)
+
+    def _usage_now(self) -> Usage:
+        return self.usage
 
     async def deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         """(choice, delta) until all choices have finished. Raises ApiError if the request fails."""
@@ -151,15 +155,14 @@ class Answer:
     def encode_new(self, deliveries: Sequence[Delivery], *, include_usage: bool, continuous_usage: bool) -> bytes:
         """The events of what has come, with the end of the stream if that was all."""
         with_usage = include_usage or continuous_usage
-        usage = (lambda: self.usage) if continuous_usage else None
-        events = [
-            self._format.events(index, delta, usage, with_usage=with_usage)
-            for index, delta in self._fold_new(deliveries)
-        ]
-        if not self._num_open:
-            events += [sse.event(self._format.usage_chunk(self.usage))] if include_usage else []
-            events.append(sse.DONE)
-        return b"".join(events) if len(events) != 1 else events[0]
+        usage = self._usage_now if continuous_usage else None
+        data = b""
+        for index, delta in self._fold_new(deliveries):
+            data += self._format.events(index, delta, usage, with_usage=with_usage)
+        if self._num_open:
+            return data
+        last = sse.event(self._format.usage_chunk(self.usage)) if include_usage else b""
+        return data + last + sse.DONE
 
 
 class EventStream:
@@ -189,7 +192,7 @@ class EventStream:
 
     def write_to(self, writer: Writer) -> None:
         """Write to `writer`, whenever it is ready, what comes while the reader waits."""
-        self._generation.at_once = lambda: self._write_at_once(writer)
+        self._generation.at_once = partial(self._write_at_once, writer)
 
     def __aiter__(self) -> EventStream:
         return self

@@ -25,7 +25,7 @@ from engine.protocol import (
 from gateway.core import request_state
 from gateway.core.admission_queue import AdmissionQueue
 from gateway.core.keys import Principal
-from gateway.core.request_state import ChoiceState, Effect, Event, Phase
+from gateway.core.request_state import ChoiceState, Deliver, Effect, EntryArrived, Event, Phase
 from gateway.core.router import Decision, Fate, Need, Router
 from gateway.errors import (
     ApiError,
@@ -232,10 +232,11 @@ class Dispatcher:
         self._pump()
 
     def _take_in(self, pipeline: str, entries: Sequence[TokenEntry]) -> None:
+        choices, now_s = self._choices, self._clock()
         for entry in entries:
-            running = self._choices.get(entry.request_id)
+            running = choices.get(entry.request_id)
             if running is not None:
-                self._handle(running, request_state.EntryArrived(pipeline, entry))
+                self._carry_out(running, running.state.handle(EntryArrived(pipeline, entry), now_s))
 
     def on_state(self, state: PipelineState) -> None:
         if self.router.plan is None or state.epoch > self.router.plan.epoch:
@@ -396,15 +397,10 @@ class Dispatcher:
         running.generation.tell()
 
     def _carry_out_one(self, running: _Running, effect: Effect) -> None:
-        state, generation = running.state, running.generation
+        state = running.state
         match effect:
-            case request_state.Deliver(ids, finish, cached_tokens, logprobs, prompt_logprobs):
-                running.finish = finish
-                now_s = self._clock()
-                self.accounts.tokens(running.times, len(state.prompt_ids), len(ids), cached_tokens, now_s)
-                if finish is not None:
-                    self.router.remember(running.pipeline, state.prompt_ids + state.token_ids)
-                generation.put(Delivery(running.index, ids, finish, cached_tokens, logprobs, prompt_logprobs))
+            case Deliver():
+                self._deliver(running, effect)
             case request_state.Fail(message, reason):
                 self._fail(running, _failure(message, reason))
             case request_state.TimedOut():
@@ -432,6 +428,16 @@ class Dispatcher:
                 running.trace.event("resumed", msgspec.structs.asdict(stats))
             case _:
                 raise AssertionError(effect)
+
+    def _deliver(self, running: _Running, effect: Deliver) -> None:
+        state, ids, finish = running.state, effect.ids, effect.finish
+        running.finish = finish
+        num_cached = effect.cached_tokens
+        self.accounts.tokens(running.times, len(state.prompt_ids), len(ids), num_cached, self._clock())
+        if finish is not None:
+            self.router.remember(running.pipeline, state.prompt_ids + state.token_ids)
+        delivery = Delivery(running.index, ids, finish, num_cached, effect.logprobs, effect.prompt_logprobs)
+        running.generation.put(delivery)
 
     def _fail(self, running: _Running, error: ApiError) -> None:
         self.accounts.metrics.refused(error.code or "")
