@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Final
 
 from planner.core.agenda import Agenda
 from planner.core.effects import Effect, ProbeInstances, Report, Severity
 from planner.core.layout import Shape, in_words
+from planner.core.rollout import Rollout
 from planner.core.setbacks import Attempt, RefusedShape, Setbacks
 from planner.core.situation import shape_of
 from planner.protocol import Pipeline, RankProgress
@@ -18,8 +19,9 @@ BREAK_WAIT_S: Final = 0.3
 
 
 class Faults:
-    def __init__(self, agenda: Agenda) -> None:
+    def __init__(self, agenda: Agenda, rollout: Rollout) -> None:
         self._agenda = agenda
+        self._rollout = rollout
         self._setbacks = Setbacks()
         self._ruined: set[str] = set()
         self._break_until_s: dict[str, float] = {}
@@ -28,9 +30,9 @@ class Faults:
     # --- What happens ---
 
     def note_prepare_failed(
-        self, pipeline: Pipeline, progress: RankProgress, memory_bytes: int, serving: Iterable[Pipeline], now_s: float
+        self, pipeline: Pipeline, progress: RankProgress, memory_bytes: int, now_s: float
     ) -> list[Effect]:
-        """`memory_bytes` of the rank that says so; `serving`: all pipelines that do."""
+        """`memory_bytes` of the rank that says so."""
         shape = shape_of(pipeline)
         attempt = Attempt(
             shape=shape,
@@ -39,7 +41,7 @@ class Faults:
             memory_bytes=memory_bytes,
             detail=progress.detail,
             names_shape=progress.names_shape,
-            is_proven=any(shape_of(p) == shape and p.id != pipeline.id for p in serving),
+            is_proven=any(shape_of(p) == shape and p.id != pipeline.id for p in self._rollout.serving()),
         )
         before = self._setbacks.refused(now_s)
         self._ruined.add(pipeline.id)
@@ -81,18 +83,18 @@ class Faults:
         fields = {"pipeline": pipeline.id, "waits_for": names}
         return [Report(event="prepare hangs", fields=fields, severity=Severity.WARNING)]
 
-    def advance(self, current: Iterable[Pipeline], serving: Iterable[Pipeline], now_s: float) -> None:
-        """`current`: pipelines of the plan, and those that it retires and that have not stopped; `serving`: of them."""
-        if self._break_until_s:
-            known = {pipeline.id: pipeline for pipeline in current}
-            for name in [n for n, until_s in self._break_until_s.items() if until_s <= now_s or n not in known]:
-                del self._break_until_s[name]
-                if name in known:
-                    self._ruined.add(name)
-                    retry_at_s = self._setbacks.note_break(frozenset(known[name].ranks()), now_s)
-                    self._agenda.want(f"{name} broke, and all its instances live", now_s, retry_at_s)
+    def advance(self, now_s: float) -> None:
+        """Time has passed, or pipelines have started or gone."""
+        for name in [n for n, until_s in self._break_until_s.items() if until_s <= now_s or not self._rollout.find(n)]:
+            del self._break_until_s[name]
+            pipeline = self._rollout.find(name)
+            if pipeline is not None:
+                self._ruined.add(name)
+                retry_at_s = self._setbacks.note_break(frozenset(pipeline.ranks()), now_s)
+                self._agenda.want(f"{name} broke, and all its instances live", now_s, retry_at_s)
         if self._setbacks.refused(now_s):
-            for shape in {shape_of(pipeline) for pipeline in serving if pipeline.id not in self._ruined}:
+            serving = (pipeline for pipeline in self._rollout.serving() if pipeline.id not in self._ruined)
+            for shape in {shape_of(pipeline) for pipeline in serving}:
                 if self._setbacks.note_serving(shape):
                     self._agenda.want(f"{in_words(shape)} serves after all", now_s, now_s)
         for name in self._setbacks.pop_expired(now_s):

@@ -187,8 +187,7 @@ class Rollout:
             self._waiting[pipeline] = now_s
 
     def _note_prepared(self, name: str, rank: str, now_s: float) -> None:
-        retirement = self.retirements.get(name)
-        pipeline = self._planned.get(name) or (retirement.retiring.pipeline if retirement is not None else None)
+        pipeline = self.find(name)
         if pipeline is None or rank in self._prepared[name]:
             return
         self._prepared[name].add(rank)
@@ -222,14 +221,22 @@ class Rollout:
         """Pipelines of the plan whose ranks are all prepared."""
         return frozenset(self._planned.keys() - self._waiting.keys())
 
+    def current(self) -> list[Pipeline]:
+        """Of the plan, and those that it retires and that have not stopped."""
+        return [*self._planned.values(), *(r.retiring.pipeline for r in self.retirements.values())]
+
+    def find(self, name: str) -> Pipeline | None:
+        """One of `current`."""
+        retirement = self.retirements.get(name)
+        return self._planned.get(name) or (retirement.retiring.pipeline if retirement is not None else None)
+
     def serving(self) -> list[Pipeline]:
-        """Of the plan and of `retirements`: those that have said that they serve.
+        """Those of `current` that have said that they serve.
 
         That a rank runs its part does not tell: its engine may still be built, and that may fail.
         """
-        known = [*self._planned.values(), *(r.retiring.pipeline for r in self.retirements.values())]
         ids = self._said_started | (self._may_run & self._started)
-        return [pipeline for pipeline in known if pipeline.id in ids]
+        return [pipeline for pipeline in self.current() if pipeline.id in ids]
 
     def untouched(self) -> frozenset[str]:
         """Pipelines of the plan that no rank has prepared yet."""

@@ -6,7 +6,6 @@ Every decision starts from the newest inventories, so a second event in the midd
 
 from __future__ import annotations
 
-import contextlib
 import math
 import traceback
 from collections import deque
@@ -16,13 +15,11 @@ from typing import Final, assert_never
 import msgspec
 
 from planner.core.agenda import Agenda
-from planner.core.capacity import CapacityLimits, expected_calm_s
+from planner.core.capacity import CapacityLimits
 from planner.core.config_optimizer import Targets
-from planner.core.cost_model import CostModel
 from planner.core.effects import (
     Effect,
     Event,
-    ForgetInstance,
     InstanceReached,
     PublishAdvice,
     PublishArrange,
@@ -31,46 +28,36 @@ from planner.core.effects import (
     Report,
     Severity,
     Tick,
-    WatchInstance,
 )
+from planner.core.estimates import Estimates
 from planner.core.faults import Faults
-from planner.core.fleet import OUTLIVED_S, Fleet, Sign
-from planner.core.intake import check_inventory, check_load, check_notice
+from planner.core.fleet import Fleet
+from planner.core.intake import check_load
 from planner.core.invariants import check_plan
 from planner.core.links import Links
 from planner.core.load import PEAK_S, Load
+from planner.core.membership import Membership
 from planner.core.planning import Situation, make_plan, retirement_kv_s
 from planner.core.profile import Profile
 from planner.core.provisioning import Provisioning
-from planner.core.refine import Corrections
 from planner.core.rollout import Rollout
-from planner.errors import ModelMismatchError, ProfileError
 from planner.protocol import (
     Explanation,
     InstanceInventory,
     InstanceLost,
     InstanceRequested,
     InstanceStarting,
-    InstanceState,
     LoadReport,
     ModelShape,
     NoticeCancelled,
     Phase,
-    Pipeline,
     Plan,
     PreemptionNotice,
-    RankInventory,
     RankProgress,
     Status,
-    StepProfile,
 )
 
-JOIN_SETTLE_S: Final = 0.3
-"""Instances that join together get one plan."""
-RESTORE_HOLD_S: Final = 4.0
-"""How long a restarted planner waits for the instances of its plan: inventories come every 2 s."""
 HISTORY: Final = 20
-CAPACITY_EVENTS: Final = 1000
 PREPARE_TIMEOUT_S: Final = 120.0
 
 
@@ -90,43 +77,40 @@ class PlannerState:
         `profile`, `links`: None: what the instances have measured. `limits`: None: the fleet is taken as it comes.
         """
         self.targets = targets
-        self._given_profile = profile
-        self._given_links = links
-        self.fleet = Fleet()
         self.plan: Plan | None = None
-        self.model: ModelShape | None = None
         self.history: deque[Explanation] = deque(maxlen=HISTORY)
-        self._rollout = Rollout()
-        self._load = Load()
-        self._agenda = Agenda()
-        self._faults = Faults(self._agenda)
+        self._given_links = links
         self._prepare_timeout_s = prepare_timeout_s
         self._is_advisory = is_advisory
         self._provisioning = Provisioning(limits) if limits is not None else None
-        self._corrections = Corrections()
-        self._capacity_events_s: deque[float] = deque(maxlen=CAPACITY_EVENTS)
-        """When instances joined, were noticed or lost."""
+        self._agenda = Agenda()
+        self._members = Membership(self._agenda, self._note_fleet)
+        self._rollout = Rollout()
+        self._faults = Faults(self._agenda, self._rollout)
+        self._load = Load()
+        self._estimates = Estimates(profile, self.fleet, targets.max_batch)
         self._watching_since_s: float | None = None
-        self._memory_bytes = 0
-        """Of the smallest rank, from when there last was one."""
-        self._hold_until_s = -math.inf
-        self._awaited: set[str] = set()
-        """Instances of a restored plan that have not shown up yet."""
+
+    @property
+    def fleet(self) -> Fleet:
+        return self._members.fleet
+
+    @property
+    def model(self) -> ModelShape | None:
+        """None until an instance has shown it."""
+        return self._members.model
 
     def restore(self, plan: Plan, history: Iterable[Explanation], gone: Collection[str], now_s: float) -> list[Effect]:
         """Go on from the plan of an earlier planner; `history` newest first, `gone` the instances lost meanwhile.
 
         No decision is made until the instances of the plan have shown up, or have had the time to.
         """
-        self.plan, self.model = plan, plan.model
+        self.plan, self._members.model = plan, plan.model
         self.history.extend(history)
         migration_s = {r.pipeline.id: plan.explanation.migration_s for r in plan.retiring}
         self._rollout.adopt(plan, migration_s, now_s, is_restored=True)
-        needed = [*plan.pipelines, *(r.pipeline for r in self._rollout.open_retirements())]
-        self._awaited = {shard.instance for p in needed for stage in p.stages for shard in stage.shards}
-        self._hold_until_s = now_s + RESTORE_HOLD_S
-        lost = sorted(self._awaited.intersection(gone))
-        return [effect for name in lost for effect in self._lose(name, "while no planner ran", now_s, now_s)]
+        shards = [shard for p in self._rollout.current() for stage in p.stages for shard in stage.shards]
+        return self._members.expect({shard.instance for shard in shards}, gone, now_s)
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """Raises PlannerError if the event must be dropped; the state is then as before."""
@@ -145,7 +129,7 @@ class PlannerState:
     def next_wakeup_s(self, now_s: float) -> float:
         """When a `Tick` is due at the latest; infinite if nothing waits for time to pass."""
         return min(
-            self._hold_until_s if self._awaited else self._agenda.due_at_s,
+            self._agenda.due_at_s if self._members.is_complete else self._members.hold_until_s,
             self.fleet.next_wakeup_s(),
             self._faults.next_wakeup_s(),
             self._rollout.next_wakeup_s(now_s, self._prepare_timeout_s),
@@ -169,19 +153,20 @@ class PlannerState:
     def _hear(self, event: Event, now_s: float) -> list[Effect]:
         match event:
             case InstanceInventory():
-                return self._hear_inventory(event, now_s)
+                effects = self._members.hear_inventory(event, now_s)
+                if self.fleet.instances[event.instance].reached:
+                    self._note_inventory(event, now_s)
+                return effects
             case InstanceReached():
                 return self._hear_reached(event.instance, now_s)
-            case InstanceRequested():
-                self._note_fleet(self.fleet.apply(event.instance, Sign.REQUESTED, now_s, event.market))
-            case InstanceStarting():
-                self._note_fleet(self.fleet.apply(event.instance, Sign.LAUNCHED, now_s, event.market))
+            case InstanceRequested() | InstanceStarting():
+                self._members.hear_launch(event, now_s)
             case PreemptionNotice():
-                return self._hear_notice(event, now_s)
+                return self._members.hear_notice(event, now_s)
             case NoticeCancelled():
-                return self._withdraw_notice(event.instance, "its notice was cancelled", now_s)
+                return self._members.withdraw_notice(event.instance, "its notice was cancelled", now_s)
             case InstanceLost():
-                return self._lose(event.instance, event.reason, event.detected_at_s or now_s, now_s)
+                return self._members.lose(event.instance, event.reason, event.detected_at_s or now_s, now_s)
             case LoadReport():
                 self._hear_load(event, now_s)
             case RankProgress():
@@ -192,99 +177,21 @@ class PlannerState:
                 assert_never(event)
         return []
 
-    def _hear_inventory(self, inventory: InstanceInventory, now_s: float) -> list[Effect]:
-        name = inventory.instance
-        known = self.fleet.instances.get(name)
-        before = known.inventory if known is not None else None
-        is_same = before is not None and _identities(before.ranks) == _identities(inventory.ranks)
-        check_inventory(inventory, () if is_same else self.fleet.ranks_of_others(name))
-        self._adopt_model(inventory)
-        effects: list[Effect] = []
-        if before is not None and before.liveness_address != inventory.liveness_address:
-            effects += self._lose(name, "its agent was restarted", now_s, now_s)
-        self.fleet.apply(name, Sign.ANNOUNCED, now_s, inventory.market)
-        instance = self.fleet.instances[name]
-        instance.inventory, instance.market = inventory, inventory.market
-        if not instance.reached:
-            return [*effects, WatchInstance(instance=name, address=inventory.liveness_address)]
-        self._note_inventory(inventory, now_s)
-        if before is not None and not is_same:
-            self._want_decision(f"the ranks of {name} have changed", now_s, now_s)
+    def _hear_reached(self, name: str, now_s: float) -> list[Effect]:
+        effects = self._members.hear_reached(name, now_s)
+        inventory = self.fleet.instances[name].inventory if effects else None
+        if inventory is not None:
+            self._note_inventory(inventory, now_s)
         return effects
-
-    def _note_fleet(self, has_changed: bool) -> None:
-        if has_changed and self._provisioning is not None:
-            self._provisioning.note_change()
-
-    def _note_capacity_event(self, now_s: float) -> None:
-        self._capacity_events_s.append(now_s)
-        self._note_fleet(has_changed=True)
 
     def _note_inventory(self, inventory: InstanceInventory, now_s: float) -> None:
         for rank in inventory.ranks:
-            self._note_measured_step(rank, now_s)
+            pipeline = self._rollout.find(rank.pipeline) if rank.pipeline is not None else None
+            if pipeline is not None and pipeline.leader == rank.rank and self.model is not None:
+                workload = self._load.workload(self.model.max_model_len, now_s)
+                self._estimates.note_measured_step(rank, pipeline, self.model, workload)
         for name in self._rollout.note_inventory(inventory, now_s):
             self._faults.note_over(name, now_s)
-
-    def _hear_reached(self, name: str, now_s: float) -> list[Effect]:
-        instance = self.fleet.instances.get(name)
-        if instance is None or instance.inventory is None or instance.reached or instance.state is InstanceState.LOST:
-            return []
-        self.fleet.apply(name, Sign.REACHED, now_s)
-        instance.reached = True
-        self._note_capacity_event(now_s)
-        self._note_inventory(instance.inventory, now_s)
-        if name in self._awaited:
-            self._awaited.discard(name)
-            self._want_decision(f"instance {name} found again after the planner's restart", now_s, now_s)
-        else:
-            self._want_decision(f"instance {name} joined", now_s, now_s + JOIN_SETTLE_S)
-        ranks = ",".join(rank.rank for rank in instance.inventory.ranks)
-        return [Report(event="instance joined", fields={"instance": name, "ranks": ranks})]
-
-    def _hear_notice(self, notice: PreemptionNotice, now_s: float) -> list[Effect]:
-        check_notice(notice)
-        known = self.fleet.instances.get(notice.instance)
-        if known is None and notice.deadline_s < now_s:
-            return []
-        self.fleet.apply(notice.instance, Sign.NOTICED, now_s)
-        instance = self.fleet.instances[notice.instance]
-        if instance.state is InstanceState.LOST or instance.deadline_s == notice.deadline_s:
-            return []
-        instance.deadline_s = notice.deadline_s
-        self._note_capacity_event(now_s)
-        left_s = notice.deadline_s - now_s
-        self._want_decision(f"{notice.instance} will be preempted in {left_s:.1f} s", now_s, now_s)
-        return [Report(event="preemption notice", fields={"instance": notice.instance, "left_s": f"{left_s:.3f}"})]
-
-    def _withdraw_notice(self, name: str, why: str, now_s: float) -> list[Effect]:
-        """It is not taken away after all: what has not stopped because of its notice goes on."""
-        if not self.fleet.withdraw_notice(name, now_s):
-            return []
-        self._note_fleet(has_changed=True)
-        self._want_decision(f"{name} stays: {why}", now_s, now_s)
-        return [Report(event="notice withdrawn", fields={"instance": name, "reason": why}, severity=Severity.WARNING)]
-
-    def _lose(self, name: str, reason: str, detected_at_s: float, now_s: float) -> list[Effect]:
-        instance = self.fleet.instances.get(name)
-        was_reached = instance is not None and instance.reached
-        was_awaited = name in self._awaited
-        if was_awaited:
-            self._awaited.discard(name)
-            self.fleet.apply(name, Sign.LAUNCHED, now_s)  # the earlier planner knew it, this one has not seen it
-        if not self.fleet.apply(name, Sign.LOST, now_s):
-            return []
-        self._note_capacity_event(now_s)
-        if was_reached or was_awaited:
-            self._want_decision(f"instance {name} lost: {reason}", detected_at_s, now_s)
-        return [
-            ForgetInstance(instance=name),
-            Report(
-                event="instance lost",
-                fields={"instance": name, "reason": reason, "detected_ago_s": f"{now_s - detected_at_s:.3f}"},
-                severity=Severity.WARNING,
-            ),
-        ]
 
     def _hear_load(self, report: LoadReport, now_s: float) -> None:
         check_load(report)
@@ -297,17 +204,18 @@ class PlannerState:
         workload = self._load.workload(self.model.max_model_len, now_s)
         change = self._load.change(workload.demand_per_s, now_s)
         if change is not None:
-            self._want_decision(change, now_s, now_s)
+            self._agenda.want(change, now_s, now_s)
 
     def _hear_progress(self, progress: RankProgress, now_s: float) -> list[Effect]:
         self._rollout.note_progress(progress, now_s)
-        pipeline = self._current(progress.pipeline)
-        if pipeline is None or progress.pipeline in self._faults.ruined:
+        pipeline = self._rollout.find(progress.pipeline)
+        if pipeline is None or pipeline.id in self._faults.ruined:
             return []
         if progress.phase is Phase.PREPARE_FAILED:
-            memory_bytes = self._memory_bytes_of(progress.rank)
-            return self._faults.note_prepare_failed(pipeline, progress, memory_bytes, self._rollout.serving(), now_s)
-        if progress.phase is Phase.STOPPED and self._is_planned(pipeline.id):
+            culprit = self.fleet.ranks().get(progress.rank)
+            memory_bytes = culprit.inventory.memory_bytes if culprit is not None else 0
+            return self._faults.note_prepare_failed(pipeline, progress, memory_bytes, now_s)
+        if progress.phase is Phase.STOPPED and pipeline.id not in self._rollout.retirements:
             return self._faults.note_stopped(pipeline, progress, now_s)
         if progress.phase is Phase.BROKEN:
             return self._faults.note_broken(pipeline, progress, now_s)
@@ -316,35 +224,15 @@ class PlannerState:
     # --- Decide ---
 
     def _advance(self, now_s: float) -> list[Effect]:
-        effects = self._end_states(now_s)
+        effects = self._members.advance(now_s)
         for pipeline, waiting in self._rollout.hung(now_s, self._prepare_timeout_s):
             effects += self._faults.note_hung(pipeline, waiting, now_s)
-        self._faults.advance(self._all_current(), self._rollout.serving(), now_s)
-        effects += self._end_hold(now_s)
-        if not self._awaited and self._agenda.due_at_s <= now_s:
+        self._faults.advance(now_s)
+        if self._members.is_complete and self._agenda.due_at_s <= now_s:
             effects += self._decide(now_s)
-        if self._provisioning is not None and self._provisioning.is_due and not self._awaited:
+        if self._provisioning is not None and self._provisioning.is_due and self._members.is_complete:
             effects += self._provision(self._provisioning, now_s)
         return effects + [PublishArrange(arrange=arrange) for arrange in self._rollout.due_arranges(now_s)]
-
-    def _end_states(self, now_s: float) -> list[Effect]:
-        """Instances that never came, and those that their deadline has not taken."""
-        effects: list[Effect] = []
-        for instance in self.fleet.overdue(now_s):
-            if instance.state is not InstanceState.GRACE:
-                effects += self._lose(instance.id, f"{instance.state} for too long, it never joined", now_s, now_s)
-            elif instance.is_alive:
-                why = f"it lives {OUTLIVED_S:g} s after its deadline, the notice was false"
-                effects += self._withdraw_notice(instance.id, why, now_s)
-            else:
-                effects += self._lose(instance.id, "its notice ran out before it joined", now_s, now_s)
-        return effects
-
-    def _end_hold(self, now_s: float) -> list[Effect]:
-        if not self._awaited or now_s < self._hold_until_s:
-            return []
-        reason = "not seen since the planner's restart"
-        return [effect for name in sorted(self._awaited) for effect in self._lose(name, reason, now_s, now_s)]
 
     def _decide(self, now_s: float) -> list[Effect]:
         cause, cause_at_s = self._agenda.take(now_s)
@@ -375,8 +263,8 @@ class PlannerState:
         self._rollout.adopt(plan, migration_s, now_s)
         ids = {p.id for p in [*plan.pipelines, *(r.pipeline for r in plan.retiring)]}
         self._faults.forget_all_but(ids)
-        self._corrections = self._corrections.without(set(self._corrections.num_steps) - ids)
-        self._note_fleet(has_changed=True)
+        self._estimates.forget_all_but(ids)
+        self._note_fleet()
         return [PublishPlan(plan=plan)]
 
     def _advise(self, plan: Plan) -> list[Effect]:
@@ -402,7 +290,7 @@ class PlannerState:
         noticed = {name for name, rank in ranks.items() if rank.deadline_s is not None}
         return Situation(
             model=model,
-            profile=self._profile(),
+            profile=self._estimates.profile(),
             links=self._given_links,
             ranks=ranks,
             targets=self.targets,
@@ -418,8 +306,8 @@ class PlannerState:
             untouched=self._rollout.untouched(),
             open_retirements=self._rollout.open_retirements(),
             revivable=self._rollout.revivable(now_s, noticed),
-            corrections=self._corrections,
-            expected_calm_s=self._expected_calm_s(now_s),
+            corrections=self._estimates.corrections,
+            expected_calm_s=self._members.expected_calm_s(now_s, self._watching_since_s or now_s),
             num_ranks_per_instance=self.fleet.num_ranks_per_instance(),
             usd_per_rank_h=self._provisioning.usd_per_rank_h(self.fleet.markets()) if self._provisioning else 0.0,
             can_release=self._provisioning is not None and self._may_release(now_s),
@@ -431,33 +319,11 @@ class PlannerState:
         """A planner that has just been started does not know yet what load is usual."""
         return self._watching_since_s is not None and now_s >= self._watching_since_s + PEAK_S
 
-    def _expected_calm_s(self, now_s: float) -> float:
-        since_s = self._watching_since_s if self._watching_since_s is not None else now_s
-        return expected_calm_s(self._capacity_events_s, now_s, since_s=since_s)
-
-    def _costs(self, model: ModelShape, memory_bytes: int, now_s: float, corrections: Corrections | None) -> CostModel:
-        workload = self._load.workload(model.max_model_len, now_s)
-        return CostModel(
-            model, self._profile(), memory_bytes, workload, self.targets.max_batch, corrections=corrections
-        )
-
-    def _note_measured_step(self, rank: RankInventory, now_s: float) -> None:
-        pipeline = self._current(rank.pipeline) if rank.pipeline is not None else None
-        if rank.measured_step is None or pipeline is None or pipeline.leader != rank.rank or self.model is None:
-            return
-        shape = len(pipeline.stages), pipeline.tensor
-        with contextlib.suppress(ProfileError):  # make_plan says so too, and is heard
-            costs = self._costs(self.model, rank.memory_bytes, now_s, None)
-            self._corrections = self._corrections.noted(pipeline.id, shape, rank.measured_step, costs)
-
     def _provision(self, provisioning: Provisioning, now_s: float) -> list[Effect]:
-        ranks = self.fleet.ranks().values()
         try:
             costs = None
             if self.model is not None:
-                memory_bytes = min((rank.inventory.memory_bytes for rank in ranks), default=self._memory_bytes)
-                self._memory_bytes = memory_bytes
-                costs = self._costs(self.model, memory_bytes, now_s, self._corrections)
+                costs = self._estimates.costs(self.model, self._load.workload(self.model.max_model_len, now_s))
             peak_per_s = self._load.peak_per_s(now_s)
             may_release = self._may_release(now_s)
             desired = provisioning.answer(
@@ -468,48 +334,9 @@ class PlannerState:
             return [Report(event="no answer on capacity, the last one stands", fields=fields, severity=Severity.ERROR)]
         return [PublishDesired(desired=desired)] if desired is not None else []
 
-    def _want_decision(self, cause: str, cause_at_s: float, decide_at_s: float) -> None:
-        self._agenda.want(cause, cause_at_s, decide_at_s)
-
-    # --- Look up ---
-
-    def _adopt_model(self, inventory: InstanceInventory) -> None:
-        """Raises PlannerError if the inventory does not belong into this fleet."""
-        model = inventory.model
-        if self.model is None or self.model == model:
-            self.model = model
-            return
-        if any(i.is_alive for i in self.fleet.instances.values() if i.id != inventory.instance):
-            raise ModelMismatchError(inventory.instance, repr(model), repr(self.model))
-        self.model = model
-
-    def _current(self, pipeline: str) -> Pipeline | None:
-        return next((p for p in self._all_current() if p.id == pipeline), None)
-
-    def _all_current(self) -> list[Pipeline]:
-        """Pipelines of the plan, and those that it retires and that have not stopped yet."""
-        planned = self.plan.pipelines if self.plan is not None else []
-        return [*planned, *(r.pipeline for r in self._rollout.open_retirements())]
-
-    def _memory_bytes_of(self, rank: str) -> int:
-        known = self.fleet.ranks().get(rank)
-        return known.inventory.memory_bytes if known is not None else 0
-
-    def _is_planned(self, pipeline: str) -> bool:
-        return self.plan is not None and any(p.id == pipeline for p in self.plan.pipelines)
-
-    def _profile(self) -> Profile | StepProfile | None:
-        """Of the first living instance that has one: decisions must not change with the order of messages."""
-        if self._given_profile is not None:
-            return self._given_profile
-        return next(
-            (
-                instance.inventory.profile
-                for _, instance in sorted(self.fleet.instances.items())
-                if instance.is_alive and instance.inventory is not None and instance.inventory.profile is not None
-            ),
-            None,
-        )
+    def _note_fleet(self) -> None:
+        if self._provisioning is not None:
+            self._provisioning.note_change()
 
 
 def _is_forced(plan: Plan, situation: Situation) -> bool:
@@ -519,8 +346,3 @@ def _is_forced(plan: Plan, situation: Situation) -> bool:
         not situation.is_intact(p) or any(situation.ranks[name].deadline_s is not None for name in p.ranks())
         for p in pipelines
     )
-
-
-def _identities(ranks: list[RankInventory]) -> list[tuple[str, str, str]]:
-    """Who they are; units, tokens and free memory change all the time."""
-    return sorted((r.rank, r.context_address, r.store_address) for r in ranks)
