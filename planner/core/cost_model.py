@@ -7,10 +7,7 @@ micro-batch for each prompt, add to its time at every stage, and are never divid
 artifact does that). A request is one prefill and its further tokens' steps; how many share a step is a matter of
 queueing (`queueing`).
 
-Memory of a rank: weights, the activations of the largest step, the migration buffer, and KV. During a migration the
-KV pools of the old and the new pipeline exist side by side, so KV of the wanted concurrency is held twice where there
-is room. A migration in memory-bounded order receives at most `buffer_bytes` before it releases (U_max in SpotServe's
-Algorithm 2); one without bound may receive its whole new shard before it releases anything of the old.
+What fits is in `rank_memory`.
 """
 
 from __future__ import annotations
@@ -25,21 +22,17 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.core.profile import Profile, check_profile, divisors
+from planner.core.measured_profile import usable_profile
+from planner.core.profile import Profile, divisors
 from planner.core.queueing import mean_service_and_wait_s, pooled_wait_s
+from planner.core.rank_memory import RankMemory
 from planner.core.stages import split_layers
-from planner.errors import ProfileError
 from planner.protocol import ModelShape, ParallelConfig, StepProfile
 
-GUESSED_BYTES_PER_S: Final = 5e9
-"""Memory bandwidth assumed where no instance has measured its steps."""
 DRAIN_S: Final = 30.0
 """A queue should be served in the time over which arrivals are measured."""
 CHUNK_TOKENS: Final = 256
 """Prompt tokens of one micro-batch, at most: the engine's default."""
-ACTIVATION_WIDTHS: Final = 10
-"""Hidden vectors that a rank holds for each token of a step: residual, its norm, attention in and out, MLP in and
-out, and the q, k, v and MLP intermediates of its shard."""
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,12 +102,11 @@ class CostModel:
         chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         self.model = model
-        self.profile = _usable_profile(model, profile)
+        self.profile = usable_profile(model, profile)
         self.memory_bytes = memory_bytes
         self.workload = workload
         self.max_batch = max_batch
-        self.buffer_bytes = buffer_bytes
-        self.step_tokens = step_tokens
+        self._memory = RankMemory(model, memory_bytes, buffer_bytes, step_tokens)
         self.chunk_tokens = chunk_tokens
         self._corrections = corrections
         self._stages: dict[int, list[tuple[int, int]]] = {}
@@ -143,22 +135,21 @@ class CostModel:
     @property
     def min_kv_blocks(self) -> int:
         """One sequence of the greatest length must fit."""
-        return -(-self.model.max_model_len // self.model.kv_block_tokens)
+        return self._memory.min_kv_blocks
 
     def weight_bytes(self, pipeline: int, tensor: int) -> int:
         """Weights of the rank that holds most."""
-        return max(self._stage_bytes(stage, tensor) for stage in self.stages(pipeline))
+        return self._memory.weight_bytes(self.stages(pipeline), tensor)
 
     def reserved_bytes(self, pipeline: int, tensor: int) -> int:
         """Of the rank that holds most: weights, activations and migration buffer."""
-        weights = self.weight_bytes(pipeline, tensor)
-        return weights + self._activation_bytes() + self._buffer_bytes(weights)
+        return self._memory.reserved_bytes(self.stages(pipeline), tensor)
 
     def num_kv_blocks(self, pipeline: int, tensor: int) -> int:
         """KV blocks that a pipeline gets; 0 if the model does not fit in this shape."""
         key = (pipeline, tensor)
         if key not in self._kv_blocks:
-            self._kv_blocks[key] = self._fit_kv_blocks(pipeline, tensor)
+            self._kv_blocks[key] = self._memory.num_kv_blocks(self.stages(pipeline), tensor, self.max_batch)
         return self._kv_blocks[key]
 
     def batch(self, pipeline: int, tensor: int) -> int:
@@ -167,36 +158,6 @@ class CostModel:
             (self.workload.prompt_tokens + self.workload.output_tokens) / self.model.kv_block_tokens
         )
         return max(1, min(self.max_batch, self.num_kv_blocks(pipeline, tensor) // max(1, typical_blocks)))
-
-    def _fit_kv_blocks(self, pipeline: int, tensor: int) -> int:
-        model = self.model
-        unit_block_bytes = model.num_head_groups // tensor * model.kv_unit_bytes_per_token * model.kv_block_tokens
-        fewest_all, fewest_half = math.inf, math.inf
-        for stage in self.stages(pipeline):
-            weights = self._stage_bytes(stage, tensor)
-            free_bytes = self.memory_bytes - weights - self._activation_bytes() - self._buffer_bytes(weights)
-            block_bytes = (stage[1] - stage[0] + 1) * unit_block_bytes
-            fewest_all = min(fewest_all, free_bytes // block_bytes)
-            fewest_half = min(fewest_half, free_bytes // 2 // block_bytes)
-        if fewest_all < self.min_kv_blocks:
-            return 0
-        return int(min(max(fewest_half, self.min_kv_blocks), self.max_batch * self.min_kv_blocks))
-
-    def _stage_bytes(self, stage: tuple[int, int], tensor: int) -> int:
-        model, (first, last) = self.model, stage
-        is_first, is_last = first == 0, last == model.num_layers - 1
-        unit_bytes = (last - first + 1) * model.decoder_unit_bytes
-        if is_first or (is_last and model.tied_embeddings):
-            unit_bytes += model.embedding_unit_bytes
-        if is_last:
-            unit_bytes += model.head_unit_bytes
-        return model.num_head_groups // tensor * unit_bytes
-
-    def _activation_bytes(self) -> int:
-        return self.step_tokens * ACTIVATION_WIDTHS * self.model.hidden_bytes_per_token
-
-    def _buffer_bytes(self, weight_bytes: int) -> int:
-        return weight_bytes if self.buffer_bytes is None else self.buffer_bytes
 
     # --- Time ---
 
@@ -369,35 +330,3 @@ def interpolate(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
     if x > xs[-1]:
         return ys[-1] + max(0.0, slope) * (x - xs[-1])
     return ys[right - 1] + slope * (x - xs[right - 1])
-
-
-def guess_profile(model: ModelShape) -> StepProfile:
-    """Step times from the bytes that a step reads, where nobody has measured any."""
-    layer_ms = model.num_head_groups * model.decoder_unit_bytes / GUESSED_BYTES_PER_S * 1000
-    head_ms = model.num_head_groups * model.head_unit_bytes / GUESSED_BYTES_PER_S * 1000
-    if model.tied_embeddings:
-        head_ms += model.num_head_groups * model.embedding_unit_bytes / GUESSED_BYTES_PER_S * 1000
-    return StepProfile(
-        batch_sizes=[1, 8],
-        decode_layer_ms=[layer_ms, 2 * layer_ms],
-        decode_head_ms=[head_ms, 2 * head_ms],
-        prefill_layer_ms_per_token=layer_ms / 8,
-        stage_hop_ms=0.3,
-        all_reduce_ms=1.2,
-        transfer_bytes_per_s=5e8,
-    )
-
-
-def _usable_profile(model: ModelShape, profile: Profile | StepProfile | None) -> Profile:
-    if isinstance(profile, Profile):
-        check_profile(profile, profile.name)
-        if profile.num_layers != model.num_layers:
-            reason = f"{profile.num_layers}, but {model.name} has {model.num_layers}"
-            raise ProfileError(profile.name, "num_layers", reason)
-        return profile
-    if profile is not None:
-        try:
-            return Profile.from_steps(profile, model)
-        except ProfileError:
-            pass  # An instance that measures nonsense must not stop the service.
-    return Profile.from_steps(guess_profile(model), model)

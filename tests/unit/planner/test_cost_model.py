@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner.core.cost_model import CostModel, Workload, guess_profile, interpolate
+from planner.core.cost_model import CostModel, Workload, interpolate
+from planner.core.measured_profile import guess_profile
 from planner.core.profile import DegreeTimes, Profile
 from planner.errors import ProfileError
 
