@@ -37,9 +37,9 @@ class Engine:
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
         asked = self.llm.generate_async(inputs=prompt, sampling_params=params, streaming=True, cache_salt=salt)
         async with asyncio.timeout(30.0):
-            async for output in asked:
+            async for _ in asked:
                 pass
-        return list(output.outputs[0].token_ids), output.cached_tokens
+        return list(asked.outputs[0].token_ids), asked.cached_tokens
 
 
 class Engines:

@@ -59,6 +59,7 @@ def test_all_questions_are_answered_by_the_double(tmp_path: Path) -> None:
         "ray.actor_death",
         "package.hang_detector",
         "connector.serves",
+        "connector.layout",
         "processor.overlap_lag",
         "dead_worker.stream",
         "tensor.resumes",
@@ -66,6 +67,8 @@ def test_all_questions_are_answered_by_the_double(tmp_path: Path) -> None:
     }
     assert expected <= findings.keys()
     assert findings["dead_worker.stream"]["seen"] == "silence"
+    assert findings["connector.layout"]["outcome"] == "ok"
+    assert "strides" in findings["connector.layout"]["seen"]
     assert findings["dead_worker.shutdown"]["seen"].startswith("hangs")
     assert findings["shutdown.pending"]["seen"].startswith("it waits for ever")
     assert not control.journal("end_id_given")

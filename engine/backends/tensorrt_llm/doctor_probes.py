@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ from engine.errors import EngineUnavailable
 
 PROMPT_TOKENS: Final = 150
 NUM_TOKENS: Final = 32
+BLOCK_TOKENS: Final = 32
 PATIENCE: Final = float(os.environ.get("SPOTSERVE_DOCTOR_PATIENCE", "1"))
 """Factor of all waits; less than 1 for an engine that is known to be fast."""
 ANSWER_S: Final = 20.0 * PATIENCE
@@ -107,7 +109,7 @@ class Engine:
             "max_batch": 2,
             "max_model_len": min(1024, config["max_position_embeddings"]),
             "max_num_tokens": 512,
-            "block_tokens": 32,
+            "block_tokens": BLOCK_TOKENS,
             "num_kv_blocks": 256,
             "vocab_size": self.vocab_size,
         }
@@ -266,7 +268,12 @@ async def reuse(engine: Engine) -> None:
     await engine.ids(prompt, max_tokens=2)
     again = await engine.answer(engine.ask(prompt, max_tokens=2))
     cached = int(again.cached_tokens)
-    say("reuse.prompt", cached >= PROMPT_TOKENS // 32 * 32 - 32, f"{cached} of {len(prompt)} tokens", "its full blocks")
+    say(
+        "reuse.prompt",
+        cached >= (PROMPT_TOKENS // BLOCK_TOKENS - 1) * BLOCK_TOKENS,
+        f"{cached} of {len(prompt)} tokens",
+        "its full blocks",
+    )
     fresh = [token - 1 for token in prompt]
     cancelled = engine.ask(fresh, max_tokens=1500)
     while len((await anext(cancelled)).outputs[0].token_ids) < 64:
@@ -431,11 +438,29 @@ async def connector(model_dir: Path) -> None:
             "connector", model_dir, kv_dir=folder, kv_limit_bytes=1 << 30, cuda_graphs=False, autotuner=False
         )
         await guarded("connector.serves", _connector_serves, engine)
+        await guarded("connector.layout", lambda one: asyncio.to_thread(_connector_layout, one, Path(folder)), engine)
 
 
 async def _connector_serves(engine: Engine) -> None:
     ids = await engine.ids()
     say("connector.serves", len(ids) == NUM_TOKENS, f"{len(ids)} tokens", f"{NUM_TOKENS} tokens")
+
+
+def _connector_layout(engine: Engine, folder: Path) -> None:
+    """Whether a block is one contiguous piece, of the layers, keys and values, heads, tokens and head size."""
+    config = json.loads((Path(str(engine.llm.args.model)) / "config.json").read_text())
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    num_elements = config["num_hidden_layers"] * 2 * heads * BLOCK_TOKENS * size
+    notes = sorted(folder.glob("layout-*"))
+    if not notes:
+        say("connector.layout", is_so=False, seen="no KV cache was registered", expected="one tensor a rank")
+    for note in notes:
+        facts = note.read_text()
+        shape, strides = (json.loads(f"[{part.partition(']')[0]}]") for part in facts.split("[")[1:3])
+        expected = f"a contiguous tensor (blocks, ...) with {num_elements} elements in a block"
+        is_so = math.prod(shape[1:]) == num_elements and strides[0] == num_elements
+        say("connector.layout", is_so, f"{facts}; heads {heads}, block {BLOCK_TOKENS}, head size {size}", expected)
 
 
 async def shaped(name: str, model_dir: Path, **changes: Any) -> None:

@@ -111,6 +111,8 @@ class BlockWorker(KvCacheConnectorWorker):
 
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
         self._pool = kv_cache_tensor
+        facts = f"{list(kv_cache_tensor.shape)} strides {list(kv_cache_tensor.stride())} {kv_cache_tensor.dtype}"
+        self._files.note_layout(self._rank, facts)
 
     @property
     def _rank(self) -> int:

@@ -105,6 +105,11 @@ class KvFiles:
             partial.replace(path)
             self._drop_oldest(rank)
 
+    def note_layout(self, rank: int, facts: str) -> None:
+        """For `spotserve doctor`: how TensorRT-LLM lays a rank's KV cache out."""
+        with contextlib.suppress(OSError):
+            (self._directory / f"layout-{rank}").write_text(facts)
+
     def forget(self, key: str, rank: int) -> None:
         """It cannot be used; nor can those behind it, since they are only looked for after it."""
         self._path(key, rank).unlink(missing_ok=True)

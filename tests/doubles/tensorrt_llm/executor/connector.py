@@ -21,8 +21,7 @@ from tensorrt_llm._torch.pyexecutor.kv_cache_connector import RequestData, Sched
 from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
 from tensorrt_llm.mapping import Mapping
 
-_BYTES = 16
-"""Of a block, for each layer."""
+from .model import ModelConfig
 
 
 @dataclass
@@ -50,9 +49,10 @@ class KvRequest:
 
 
 class KvConnector:
-    def __init__(self, args: TorchLlmArgs, num_layers: int, num_blocks: int, weights: bytes) -> None:
+    def __init__(self, args: TorchLlmArgs, model: ModelConfig, num_blocks: int, weights: bytes) -> None:
         config = args.kv_connector_config
         assert config is not None
+        num_layers = model.num_layers
         self._size = args.kv_cache_config.tokens_per_block
         self._weights = weights
         module = importlib.import_module(config.connector_module)
@@ -61,7 +61,10 @@ class KvConnector:
         self._mappings = [_mapping(args, rank) for rank in range(args.world_size)]
         self._layers = [mapping.pp_layers(num_layers) for mapping in self._mappings]
         self._workers = [make_worker(args) for _ in self._mappings]
-        self._pools = [_pool(rank, num_blocks, len(layers)) for rank, layers in enumerate(self._layers)]
+        # Of keys or values in a block, for each layer.
+        num_elements = self._size * model.kv_bytes_per_token // (4 * num_layers * args.tensor_parallel_size)
+        shapes = [(num_blocks, len(layers), 2, num_elements) for layers in self._layers]
+        self._pools = [_pool(rank, shape) for rank, shape in enumerate(shapes)]
         for worker, pool in zip(self._workers, self._pools, strict=True):
             worker.register_kv_caches(pool)
         self._free = deque(range(num_blocks))
@@ -150,19 +153,22 @@ class KvConnector:
         rows = []
         for layer in self._layers[rank]:
             facts = f"{layer} {self._mappings[rank].tp_rank} of {self._mappings[rank].tp_size}"
-            digest = hashlib.blake2b(self._weights + facts.encode(), digest_size=_BYTES)
+            digest = hashlib.blake2b(self._weights + facts.encode(), digest_size=16)
             digest.update(np.asarray(ids, np.int32).tobytes())
             rows.append(np.frombuffer(digest.digest(), np.uint8))
-        return torch.from_numpy(np.stack(rows))
+        _, num_layers, both, num_elements = self._pools[rank].shape
+        row_bytes = 2 * both * num_elements
+        content = torch.from_numpy(np.tile(np.stack(rows), (1, -(-row_bytes // 16)))[:, :row_bytes].copy())
+        return content.view(torch.bfloat16).view(num_layers, both, num_elements)
 
     def _wrong(self, request: KvRequest) -> bytes:
         """The first block that holds something else than the KV of what stands before it."""
         for index in range(request.num_computed // self._size):
             for rank, pool in enumerate(self._pools):
-                held = pool[request.blocks[index]].numpy().tobytes()
-                if held != self._content(rank, request.ids[: (index + 1) * self._size]).numpy().tobytes():
+                held = _bytes_of(pool[request.blocks[index]])
+                if held != _bytes_of(self._content(rank, request.ids[: (index + 1) * self._size])):
                     control.log("wrong_kv", request_id=request.request_id, block=index, rank=rank)
-                    return bytes(held)
+                    return held
         return b""
 
 
@@ -173,7 +179,13 @@ def _mapping(args: TorchLlmArgs, rank: int) -> Mapping:
     return mapping
 
 
-def _pool(rank: int, num_blocks: int, num_layers: int) -> Any:
+def _bytes_of(block: Any) -> bytes:
+    import torch
+
+    return bytes(block.view(torch.uint8).numpy().tobytes())
+
+
+def _pool(rank: int, shape: tuple[int, ...]) -> Any:
     """A tensor in host memory that says it is on the GPU of the rank."""
     import torch
 
@@ -182,5 +194,4 @@ def _pool(rank: int, num_blocks: int, num_layers: int) -> Any:
         def device(self) -> torch.device:  # type: ignore[override] # a tensor's cannot be set either
             return torch.device("cuda", rank)
 
-    memory = torch.zeros((num_blocks, num_layers, _BYTES), dtype=torch.uint8)
-    return torch.Tensor._make_subclass(Pool, memory)
+    return torch.Tensor._make_subclass(Pool, torch.zeros(shape, dtype=torch.bfloat16))

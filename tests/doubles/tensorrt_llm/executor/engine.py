@@ -82,7 +82,7 @@ class Engine:
         self._cached: OrderedDict[bytes, None] = OrderedDict()
         self._connector: KvConnector | None = None
         if args.kv_connector_config is not None:
-            self._connector = KvConnector(args, config.num_layers, self.num_blocks, weights)
+            self._connector = KvConnector(args, config, self.num_blocks, weights)
         self._touched: list[ResponseQueue] = []
         self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._waiting: list[_Request] = []
