@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from deploy.preflight import find_nats_server, free_port
 from loadtest import litellm_proxy, openai_stub
 from loadtest.errors import BenchError
-from loadtest.http_load import HOST, LoadOptions, LoadProcess, Snapshot
+from loadtest.http_load import COUNTER, HOST, LoadOptions, LoadProcess, Snapshot
 from loadtest.openai_stub import StubOptions
 from loadtest.processes import Process
 from loadtest.report import Check, Report, Table
@@ -367,10 +367,10 @@ def script_of(model: Path) -> list[int]:
 
 
 def chat_body(*, stream: bool, num_tokens: int) -> str:
-    """The JSON of a request."""
+    """The JSON of a request; no two are the same, as no two first messages of a conversation are."""
     body = {
         "model": openai_stub.MODEL,
-        "messages": [{"role": "user", "content": TEXT}],
+        "messages": [{"role": "user", "content": f"{COUNTER} {TEXT}"}],
         "max_tokens": num_tokens,
         "temperature": 0.7,
         "stream": stream,

@@ -9,6 +9,7 @@ moments is the difference of two snapshots.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import re
@@ -31,6 +32,8 @@ CARRY_BYTES: Final = 11
 """One less than the shortest match of `TEXT`: kept of each piece for a match that is cut in two."""
 TEXT: Final = re.compile(rb'"content": ?"[^"]')
 """An event with text, however the server spaces its JSON."""
+COUNTER: Final = "########"
+"""In the body: becomes the number of the request, so that no two are the same."""
 ERROR: Final = re.compile(rb'data: \{"error"')
 ID: Final = re.compile(rb'"id": ?"([^"]+)"')
 LENGTH: Final = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
@@ -71,6 +74,8 @@ class Counts:
 
     def __init__(self) -> None:
         self.num_requests = self.num_texts = self.num_texts_of_ended = self.num_errors = 0
+        self.numbers = itertools.count()
+        """Of the requests."""
         self.errors: list[str] = []
         self.first_text_s: dict[str, float] = {}
 
@@ -110,7 +115,8 @@ class Connection(asyncio.Protocol):
         self._head, self._carry, self._num_new, self._left_bytes = b"", b"", 0, -1
         self._has_failed = False
         self._sent_s = time.perf_counter()
-        self._transport.write(self._request)
+        number = b"%0*d" % (len(COUNTER), next(self._counts.numbers))
+        self._transport.write(self._request.replace(COUNTER.encode(), number))
         await self._busy
 
     def close(self) -> None:

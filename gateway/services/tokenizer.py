@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from gateway.core.fold import REPLACEMENT, Detokenizer
 from gateway.errors import ModelDirectoryError, TemplateRefused
+from gateway.services.piece_encoder import PieceEncoder
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -29,6 +30,7 @@ class TextTokenizer:
 
     def __init__(self, model_dir: Path) -> None:
         self._tokenizer = _load_tokenizer(model_dir / "tokenizer.json")
+        self._pieces = PieceEncoder(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         self._added_texts = {i: token.content for i, token in added.items()}
@@ -68,7 +70,9 @@ class TextTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`, with what the tokenizer adds by itself (such as BOS) if asked for."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if not add_special_tokens:
+            return self._pieces.encode(text)
+        ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
