@@ -3,6 +3,10 @@
 A sequence can be cut between any two steps. Before a preemption as many steps as leave room for the migration are
 taken; before an acquisition as few as fill the time until the new instance is ready. A sequence that was resumed is
 arranged like any other: what counts is what lies before it.
+
+The paper's guard (migrate only if that takes less than what is executed until then, else compute again elsewhere)
+decides for a whole batch. Here `choose_kv_moves` decides it for each sequence, by what is ready sooner, and before the
+deadline.
 """
 
 from __future__ import annotations
@@ -31,13 +35,6 @@ def steps_before_preemption(execution_s: ExecutionTime, most: int, left_s: float
 def steps_before_acquisition(execution_s: ExecutionTime, most: int, ready_in_s: float) -> int:
     """The fewest steps that last until a new instance is ready in `ready_in_s`; `most` if all end before that."""
     return _first(lambda steps: execution_s(steps) >= ready_in_s, 0, most)
-
-
-def migration_pays(execution_s: ExecutionTime, num_steps: int, migration_s: float) -> bool:
-    """Whether moving takes less than what is executed in the meantime. If not, sequences are better sent elsewhere and
-    computed again: the old pipeline need not stop early for them.
-    """
-    return migration_s < execution_s(num_steps)
 
 
 def steps_before_stop(

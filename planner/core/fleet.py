@@ -188,10 +188,6 @@ class Fleet:
             for rank in instance.inventory.ranks
         }
 
-    def state_of(self, instance_id: str) -> InstanceState | None:
-        instance = self.instances.get(instance_id)
-        return instance.state if instance is not None else None
-
     def overdue(self, now_s: float) -> list[Instance]:
         """Those whose state should have ended by now: never came, or outlived their notice."""
         return [instance for _, instance in sorted(self.instances.items()) if instance.overdue_at_s <= now_s]

@@ -9,7 +9,6 @@ from engine.core.arranger import (
     KvMove,
     choose_kv_moves,
     execution_time,
-    migration_pays,
     steps_before_acquisition,
     steps_before_preemption,
     steps_before_stop,
@@ -44,12 +43,9 @@ def test_acquisition_takes_the_fewest_steps_that_last_until_it_is_ready(executio
     assert steps_before_acquisition(execution_s, most, ready_in_s) == min(lasting, default=most)
 
 
-def test_migration_pays_if_it_takes_less_than_what_is_executed():
+def test_a_prefill_comes_before_the_first_step_only():
     execution_s = execution_time(step_s=0.5, prefill_s=2.0)
     assert [execution_s(steps) for steps in (0, 1, 4)] == [0.0, 2.5, 4.0]
-    assert migration_pays(execution_s, 4, 3.9)
-    assert not migration_pays(execution_s, 4, 4.0)
-    assert not migration_pays(execution_s, 0, 0.1), "nothing is executed any more: nothing is saved"
 
 
 def test_what_was_arranged_and_resumed_is_arranged_again():
