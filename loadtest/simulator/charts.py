@@ -17,6 +17,7 @@ from loadtest.simulator.scenario import CapacityTrace
 
 COLORS: Final = {
     "spotserve": "#0072B2",
+    "spotserve-mixed": "#F0E442",
     "spotserve-paper": "#E69F00",
     "reparallelization": "#009E73",
     "rerouting": "#D55E00",

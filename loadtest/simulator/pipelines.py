@@ -314,7 +314,7 @@ class Pipeline:
             return
         num_steps = 1 if prefilling else min(s.request.output_tokens - s.tokens for s in decoding)
         if num_steps > 1:
-            num_steps = self._steps_with_blocks(decoding, num_steps)
+            num_steps = self._steps_with_blocks(num_steps)
         context = sum(s.computed for s in decoding) / len(decoding) + num_steps / 2 if decoding else 0.0
         step_s = self.times.step_s(len(decoding), sum(rows for _, rows in prefilling), context)
         num_steps = min(num_steps, self._steps_left(self.clock.now_s, step_s))
@@ -395,19 +395,27 @@ class Pipeline:
 
     def _make_room(self) -> None:
         """Every decoding sequence can take one step; if need be, the youngest give up their KV."""
-        while self.num_blocks_used + self._growth(1) > self.limits.num_kv_blocks:
+        while self._most_growth(1) > self._num_free_blocks < self._growth(1):
             youngest = max(self.running, key=lambda s: s.priority)
             self.running.remove(youngest)
             youngest.lose_kv()
             bisect.insort(self.waiting, youngest, key=lambda s: s.priority)
             self._recount()
 
-    def _steps_with_blocks(self, decoding: list[Sequence], num_steps: int) -> int:
-        num_free = self.limits.num_kv_blocks - self.num_blocks_used
-        if self._growth(num_steps) <= num_free:
+    def _steps_with_blocks(self, num_steps: int) -> int:
+        num_free = self._num_free_blocks
+        if self._most_growth(num_steps) <= num_free or self._growth(num_steps) <= num_free:
             return num_steps
         fits = bisect.bisect_right(range(1, num_steps), num_free, key=self._growth)
         return max(1, fits)
+
+    @property
+    def _num_free_blocks(self) -> int:
+        return self.limits.num_kv_blocks - self.num_blocks_used
+
+    def _most_growth(self, num_steps: int) -> int:
+        """`_growth` is no more: known without a look at every sequence."""
+        return len(self.running) * self.limits.blocks_for(num_steps)
 
     def _growth(self, num_steps: int) -> int:
         """Blocks that decoding sequences need in addition for `num_steps` more steps."""
@@ -418,10 +426,12 @@ class Pipeline:
 
     def _recount(self) -> None:
         """In prefill the blocks of all tokens known are taken at once, as in the engine."""
-        blocks_for = self.limits.blocks_for
-        self.num_blocks_used = sum(blocks_for(s.num_tokens) for s in self.pulling) + sum(
-            blocks_for(s.computed if s.num_to_feed == 1 else s.num_tokens) for s in self.running
-        )
+        # Spelled out: most of a long simulation is spent in this loop.
+        block_tokens, num_blocks = self.limits.block_tokens, 0
+        for sequence in self.running:
+            num_tokens = sequence.request.prompt_tokens + sequence.tokens
+            num_blocks -= -(sequence.computed if num_tokens - sequence.computed == 1 else num_tokens) // block_tokens
+        self.num_blocks_used = num_blocks + sum(self.limits.blocks_for(s.num_tokens) for s in self.pulling)
         assert self.num_blocks_used <= self.limits.num_kv_blocks, f"{self.id}: more KV than there is room for"
 
     # --- Ends ---

@@ -5,10 +5,8 @@ Every run is a small task of its own; tasks are spread over processes, and the s
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -28,6 +26,7 @@ from loadtest.simulator.paper_setup import (
     workload_scenario,
 )
 from loadtest.simulator.policies.base import Policy
+from loadtest.simulator.policies.mixed import SpotServeMixed
 from loadtest.simulator.policies.on_demand import OnDemand
 from loadtest.simulator.policies.paper import PaperPolicy
 from loadtest.simulator.policies.paper_run import PaperOptions
@@ -35,8 +34,10 @@ from loadtest.simulator.policies.replicas import Replicas
 from loadtest.simulator.policies.rerouting_strong import ReroutingStrong
 from loadtest.simulator.policies.spotserve import SpotServe, SpotServeOptions
 from loadtest.simulator.policies.static_batches import BatchingRules
+from loadtest.simulator.policies.step_times import lone_request_s
 from loadtest.simulator.result import Fate, Result
 from loadtest.simulator.scenario import Scenario
+from loadtest.simulator.workers import worker_pool
 
 BURSTY_SEEDS: Final = (0, 1, 2)
 ABLATED_TRACES: Final = ("A_S", "B_S")
@@ -48,6 +49,8 @@ ONE_BATCH: Final = "spotserve-paper, one batch"
 OURS: Final = "spotserve"
 STRONG: Final = "rerouting-strong"
 REPLICAS: Final = "replicas"
+MIXED: Final = "spotserve-mixed"
+MIXED_AT_COST: Final = "spotserve-mixed, at the cost of replicas"
 
 OnTask = Callable[[int, int], None]
 """Called after each task with the number that are done, and of all."""
@@ -73,6 +76,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     logged: Percentiles | None
     """Latency of those completed before the end of the trace: what the artifact counts."""
     num_logged: int
+    lone_s: float
+    """Latency of a request that has the pipeline of least latency for itself."""
 
 
 def reproduce(data: Path, *, num_processes: int = 2, on_task: OnTask | None = None) -> list[Outcome]:
@@ -80,36 +85,26 @@ def reproduce(data: Path, *, num_processes: int = 2, on_task: OnTask | None = No
     todo = tasks()
     done: dict[Task, Outcome] = {}
     paper_scenario(data, WORKLOAD_MODEL, "A_S")  # what is missing should be told before processes start
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=spawn, initializer=_leave_interrupts) as processes:
-        running = [processes.submit(run_task, data, task) for task in todo]
-        try:
-            for future in as_completed(running):
-                outcome = future.result()
-                done[outcome.task] = outcome
-                if on_task is not None:
-                    on_task(len(done), len(todo))
-        except BaseException:
-            processes.shutdown(cancel_futures=True)
-            raise
+    with worker_pool(num_processes) as processes:
+        for future in as_completed([processes.submit(run_task, data, task) for task in todo]):
+            outcome = future.result()
+            done[outcome.task] = outcome
+            if on_task is not None:
+                on_task(len(done), len(todo))
     return [done[task] for task in todo]
-
-
-def _leave_interrupts() -> None:
-    """Ctrl-C is for the process that started the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def run_task(data: Path, task: Task) -> Outcome:
     """In whatever process."""
     scenario = scenario_of(data, task)
-    result = policy_of(task).run(scenario, lambda now_s: None)
+    result = policy_of(task, scenario).run(scenario, _ignore)
     logged_s = _logged_s(result, scenario)
     return Outcome(
         task=task,
         summary=summarize(result, scenario),
         logged=percentiles(logged_s),
         num_logged=len(logged_s),
+        lone_s=lone_request_s(scenario),
     )
 
 
@@ -127,7 +122,7 @@ MakeTask = Callable[..., Task]
 
 
 def _fig6() -> list[MakeTask]:
-    policies = (*SYSTEMS, OUR_PREFILL, OURS, STRONG, REPLICAS)
+    policies = (*SYSTEMS, OUR_PREFILL, OURS, STRONG, REPLICAS, MIXED, MIXED_AT_COST)
     return [
         partial(Task, figure=6, model=model, trace=trace, policy=policy)
         for model in MODELS
@@ -170,8 +165,12 @@ def scenario_of(data: Path, task: Task) -> Scenario:
     return paper_scenario(data, task.model, task.trace, task.arrivals, task.seed)
 
 
-def policy_of(task: Task) -> Policy:
+def policy_of(task: Task, scenario: Scenario) -> Policy:
     """As the artifact's scripts run it; the newer batching is theirs for Fig. 8."""
+    if task.policy == MIXED_AT_COST:
+        return SpotServeMixed(Replicas().run(scenario, _ignore).cost_usd / (scenario.trace.end_s / 3600))
+    if task.policy == MIXED:
+        return SpotServeMixed()
     on = [part not in ABLATED_PARTS[: task.level] for part in ABLATED_PARTS]
     parts = dict(zip(ABLATED_PARTS, on, strict=True))
     if task.policy == OURS:
@@ -191,6 +190,10 @@ def policy_of(task: Task) -> Policy:
         controller_min_ranks=16,
     )
     return PaperPolicy(task.policy.partition(",")[0], msgspec.structs.replace(options, **parts))
+
+
+def _ignore(now_s: float) -> None:
+    pass
 
 
 def _logged_s(result: Result, scenario: Scenario) -> list[float]:

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from loadtest.report import Check, Table
-from loadtest.simulator.metrics import Percentiles
 from loadtest.simulator.paper_figures import (
     ABLATION,
     ABLATION_LEVELS,
@@ -28,12 +27,11 @@ from loadtest.simulator.paper_figures import (
     USD_PER_100K_TOKENS,
     WORKLOAD_RATIOS,
 )
-from loadtest.simulator.paper_setup import MAX_MODEL_LEN, MODELS, TRACES, WORKLOAD_MODEL, WORKLOAD_TRACES, Arrivals
+from loadtest.simulator.paper_setup import MODELS, TRACES, WORKLOAD_TRACES, Arrivals
 from loadtest.simulator.reproduce import (
     ABLATED_TRACES,
-    BURSTY_SEEDS,
+    MIXED_AT_COST,
     ONE_BATCH,
-    OUR_PREFILL,
     OURS,
     OWN_FLEETS,
     REPLICAS,
@@ -41,10 +39,18 @@ from loadtest.simulator.reproduce import (
     Outcome,
     reproduce,
 )
+from loadtest.simulator.reproduction_figures import Figures, usd_per_100k_tokens, value_of
+from loadtest.simulator.reproduction_rivals import (
+    bound_note,
+    cost_ratios,
+    market_table,
+    rival_costs_table,
+    rival_ratios,
+    rivals_table,
+)
 from loadtest.simulator.scenario import PAPER_PRICES
 
 PAPER, REPARALLELIZATION, REROUTING = SYSTEMS
-RIVALS: Final = (PAPER, OUR_PREFILL, STRONG, REPLICAS)
 PERCENTS: Final = ("mean", "p90", "p95", "p96", "p97", "p98", "p99")
 CHECKED_TRACES: Final = ("A_S", "B_S")
 
@@ -85,80 +91,13 @@ def summarize_reproduction(outcomes: Sequence[Outcome]) -> Reproduction:
             costs_table(figures),
             workload_table(figures),
             ablation_table(figures),
-            *(rivals_table(figures, arrivals) for arrivals in Arrivals),
+            *(table(figures, arrivals) for arrivals in Arrivals for table in (rivals_table, market_table)),
             rival_costs_table(figures),
         ],
         checks=checks(figures),
-        notes=[*KNOWN_DIFFERENCES, own_saving_note(figures)],
+        notes=[*KNOWN_DIFFERENCES, own_saving_note(figures), bound_note(figures)],
         outcomes=list(outcomes),
     )
-
-
-class Figures:
-    """Outcomes by what was run. Of several seeds the figure is the median."""
-
-    def __init__(self, outcomes: Sequence[Outcome]) -> None:
-        self._by_task = {
-            (o.task.figure, o.task.model, o.task.trace, o.task.policy, o.task.arrivals, o.task.level, o.task.seed): o
-            for o in outcomes
-        }
-
-    def outcome(
-        self,
-        figure: int,
-        trace: str,
-        policy: str,
-        arrivals: Arrivals = Arrivals.ARTIFACT,
-        *,
-        model: str = WORKLOAD_MODEL,
-        level: int = 0,
-        seed: int = 0,
-    ) -> Outcome:
-        return self._by_task[figure, model, trace, policy, arrivals, level, seed]
-
-    def logged(self, figure: int, trace: str, policy: str, name: str, *, model: str = WORKLOAD_MODEL) -> float:
-        """The artifact's metric on the artifact's arrivals."""
-        return _of(self.outcome(figure, trace, policy, model=model).logged, name)
-
-    def latency(
-        self,
-        figure: int,
-        trace: str,
-        policy: str,
-        name: str,
-        arrivals: Arrivals = Arrivals.ARTIFACT,
-        *,
-        model: str = WORKLOAD_MODEL,
-        level: int = 0,
-    ) -> float:
-        """All requests."""
-        return median(
-            _of(
-                self.outcome(figure, trace, policy, arrivals, model=model, level=level, seed=seed).summary.latency, name
-            )
-            for seed in seeds_of(arrivals)
-        )
-
-    def p99_ratio(
-        self,
-        figure: int,
-        trace: str,
-        policies: tuple[str, str],
-        arrivals: Arrivals = Arrivals.ARTIFACT,
-        *,
-        model: str = WORKLOAD_MODEL,
-    ) -> float:
-        """P99 of all requests, of the first policy over that of the second."""
-        pairs = [
-            [self.outcome(figure, trace, policy, arrivals, model=model, seed=seed) for policy in policies]
-            for seed in seeds_of(arrivals)
-        ]
-        return median(_of(a.summary.latency, "p99") / _of(b.summary.latency, "p99") for a, b in pairs)
-
-
-def seeds_of(arrivals: Arrivals) -> tuple[int, ...]:
-    """What is drawn more than once."""
-    return BURSTY_SEEDS if arrivals is Arrivals.BURSTY else (0,)
 
 
 # --- Fig. 6 ---
@@ -249,9 +188,9 @@ def costs_table(figures: Figures) -> Table:
             f"spot {trace}",
             f"{usd_per_100k_tokens(paper, billed_usd(trace)):.2f}",
             f"{printed:.2f}",
-            f"{_of(paper.logged, 'mean'):.1f}",
+            f"{value_of(paper.logged, 'mean'):.1f}",
             f"{usd_per_100k_tokens(ours, ours.summary.usd):.2f}",
-            f"{_of(ours.logged, 'mean'):.1f}",
+            f"{value_of(ours.logged, 'mean'):.1f}",
         ])  # fmt: skip
     for num in OWN_FLEETS:
         ours = figures.outcome(7, str(num), "on-demand")
@@ -260,16 +199,10 @@ def costs_table(figures: Figures) -> Table:
             paper = figures.outcome(7, str(num), ONE_BATCH)
             row[1] = f"{usd_per_100k_tokens(paper, billed_on_demand_usd(num)):.2f}"
             row[2] = f"{ON_DEMAND_USD_PER_100K_TOKENS[num]:.2f}"
-            row[3] = f"{_of(paper.logged, 'mean'):.1f}"
-        rows.append([*row, f"{_of(ours.logged, 'mean'):.1f}"])
+            row[3] = f"{value_of(paper.logged, 'mean'):.1f}"
+        rows.append([*row, f"{value_of(ours.logged, 'mean'):.1f}"])
     columns = ["fleet", "spotserve-paper", "paper", "mean (s)", "ours", "mean (s)"]
     return Table("Fig. 7: GPT-20B, USD for 100,000 tokens of logged requests, and their mean latency", columns, rows)
-
-
-def usd_per_100k_tokens(outcome: Outcome, usd: float) -> float:
-    """Input and output tokens of the logged requests; infinite of none."""
-    num_tokens = outcome.num_logged * MAX_MODEL_LEN
-    return usd / num_tokens * 1e5 if num_tokens else float("inf")
 
 
 def billed_usd(trace: str) -> float:
@@ -295,7 +228,7 @@ def own_saving_note(figures: Figures) -> str:
     spot = figures.outcome(6, "B_S", OURS)
     for num in OWN_FLEETS:
         fleet = figures.outcome(7, str(num), "on-demand")
-        if _of(fleet.logged, "mean") <= _of(spot.logged, "mean"):
+        if value_of(fleet.logged, "mean") <= value_of(spot.logged, "mean"):
             fleet_usd = usd_per_100k_tokens(fleet, fleet.summary.usd)
             saving = 1 - usd_per_100k_tokens(spot, spot.summary.usd) / fleet_usd
             return f"Ours on B_S saves {saving:.0%} against {num} on-demand instances with our own engine, as fast."
@@ -351,40 +284,7 @@ def _ablated(
     return ablated / full
 
 
-# --- Ours ---
-
-
-def rivals_table(figures: Figures, arrivals: Arrivals) -> Table:
-    """P99 of all requests: theirs over ours."""
-    rows = []
-    for model in MODELS:
-        for trace in TRACES:
-            row = [model, trace]
-            row += [f"{figures.latency(6, trace, OURS, name, arrivals, model=model):.1f}" for name in ("mean", "p99")]
-            for rival in RIVALS:
-                ratio = figures.p99_ratio(6, trace, (rival, OURS), arrivals, model=model)
-                row += [f"{figures.latency(6, trace, rival, 'p99', arrivals, model=model):.1f}", f"{ratio:.2f}"]
-            rows.append(row)
-    medians = [f"{median(rival_ratios(figures, rival, arrivals)):.2f}" for rival in RIVALS]
-    rows.append(["median", "", "", "", *(cell for ratio in medians for cell in ("", ratio))])
-    columns = ["model", "trace", "mean", "P99", *(cell for rival in RIVALS for cell in (rival, "ratio"))]
-    return Table(f"Ours: P99 in seconds of all requests, and theirs over it; {arrivals} arrivals", columns, rows)
-
-
-def rival_costs_table(figures: Figures) -> Table:
-    """What the P99 of `rivals_table` costs."""
-    policies = (OURS, STRONG, REPLICAS)
-    rows = []
-    for model in MODELS:
-        for trace in TRACES:
-            outcomes = [figures.outcome(6, trace, policy, model=model) for policy in policies]
-            rows.append([model, trace, *(f"{usd_per_100k_tokens(o, o.summary.usd):.2f}" for o in outcomes)])
-    return Table("Ours: USD for 100,000 tokens of logged requests", ["model", "trace", *policies], rows)
-
-
-def rival_ratios(figures: Figures, rival: str, arrivals: Arrivals) -> list[float]:
-    """Of the twelve cells."""
-    return [figures.p99_ratio(6, trace, (rival, OURS), arrivals, model=model) for model in MODELS for trace in TRACES]
+# --- Targets ---
 
 
 def checks(figures: Figures) -> list[Check]:
@@ -413,6 +313,16 @@ def checks(figures: Figures) -> list[Check]:
             for arrivals in Arrivals
             for ratio in [median(rival_ratios(figures, rival, arrivals))]
         ),
+        *(
+            _at_least(f"median P99 of replicas over ours at its cost, {arrivals} arrivals", ratio, 1.5)
+            for arrivals in Arrivals
+            for ratio in [median(rival_ratios(figures, REPLICAS, arrivals, ours=MIXED_AT_COST))]
+        ),
+        _at_most(
+            "the cost of ours at the cost of replicas, over that: worst cell",
+            max(ratio for arrivals in Arrivals for ratio in cost_ratios(figures, MIXED_AT_COST, arrivals)),
+            1.0,
+        ),
         _at_least("saving on B_S against on-demand, as the paper compares", printed_saving(figures), 0.54),
     ]
 
@@ -421,8 +331,5 @@ def _at_least(name: str, value: float | None, target: float) -> Check:
     return Check(name=name, value=value, unit="", target=target, higher_is_better=True)
 
 
-def _of(latencies: Percentiles | None, name: str) -> float:
-    """Infinite of none: nothing was completed."""
-    value = float("inf") if latencies is None else getattr(latencies, name)
-    assert isinstance(value, float)
-    return value
+def _at_most(name: str, value: float, target: float) -> Check:
+    return Check(name=name, value=value, unit="", target=target)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from loadtest.errors import InputError, SimulationError
 from loadtest.simulator import charts
@@ -25,6 +27,10 @@ from loadtest.simulator.scenario import Scenario
 from loadtest.simulator.setup import Setup
 from loadtest.simulator.tables import costs_table, facts_table, fleet_table, policies_table, requests_table
 from loadtest.simulator.what_if import FleetRow
+from loadtest.simulator.workers import run_policies, run_policy
+
+MANY_REQUESTS: Final = 5_000
+"""Of a simulation that takes longer than a process needs to start."""
 
 
 def policies_of(given: str) -> list[Policy]:
@@ -38,20 +44,30 @@ def policies_of(given: str) -> list[Policy]:
     return [POLICIES[name]() for name in names]
 
 
-def run_all(scenario: Scenario, policies: Sequence[Policy]) -> tuple[list[Result], list[str]]:
-    """One after the other, with a bar for each on a terminal (on standard error).
+def run_all(
+    scenario: Scenario, policies: Sequence[Policy], num_processes: int | None = None
+) -> tuple[list[Result], list[str]]:
+    """With a bar for each on a terminal (on standard error); side by side on `num_processes`, None: on all cores if
+    the scenario is long enough to be worth their start.
 
     Returns the results, and a sentence for each policy that cannot run this scenario. Raises SimulationError if none
     can.
     """
-    results, failures = [], []
+    if num_processes is None:
+        num_processes = (os.cpu_count() or 1) if len(scenario.requests) >= MANY_REQUESTS else 1
+    num_processes = min(num_processes, len(policies))
     with _bar() as progress:
-        for policy in policies:
-            task = progress.add_task(policy.name, total=scenario.trace.end_s)
-            try:
-                results.append(policy.run(scenario, partial(_advance, progress, task)))
-            except SimulationError as error:
-                failures.append(f"{policy.name} cannot run here: {error}.")
+        tasks = [progress.add_task(policy.name, total=scenario.trace.end_s) for policy in policies]
+
+        def advance(index: int, now_s: float) -> None:
+            progress.update(tasks[index], completed=now_s)
+
+        if num_processes > 1:
+            outcomes = run_policies(scenario, policies, num_processes, advance)
+        else:
+            outcomes = [run_policy(scenario, policy, partial(advance, i)) for i, policy in enumerate(policies)]
+    results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
+    failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
     if not results:
         raise SimulationError(" ".join(failures))
     return results, failures
@@ -88,10 +104,6 @@ def _bar() -> Progress:
     console = Console(stderr=True)
     columns = TextColumn("{task.description:>18}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")
     return Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
-
-
-def _advance(progress: Progress, task: TaskID, now_s: float) -> None:
-    progress.update(task, completed=now_s)
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

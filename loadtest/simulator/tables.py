@@ -15,6 +15,7 @@ from loadtest.simulator.what_if import FleetRow
 
 DESCRIPTIONS: Final = {
     "spotserve": "the planner of this project, on all that the trace offers; only touched pipelines stop",
+    "spotserve-mixed": "the same on what the load needs, spot and on-demand, in the market of replicas",
     "spotserve-paper": "SpotServe as published: static batches, equal pipelines, all of them stop at each change",
     "reparallelization": "the paper's first baseline: as above, but restarts and loads weights at each change",
     "rerouting": "the paper's second baseline: one shape for good, pipelines come and go whole",

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Final
 
 from loadtest.simulator.policies.base import Policy
+from loadtest.simulator.policies.mixed import SpotServeMixed
 from loadtest.simulator.policies.on_demand import OnDemand
 from loadtest.simulator.policies.paper import RUNS, PaperPolicy
 from loadtest.simulator.policies.replicas import Replicas
@@ -15,6 +16,7 @@ from loadtest.simulator.policies.spotserve import SpotServe
 
 POLICIES: Final[dict[str, Callable[[], Policy]]] = {
     "spotserve": SpotServe,
+    "spotserve-mixed": SpotServeMixed,
     **{name: partial(PaperPolicy, name) for name in RUNS},
     "rerouting-strong": ReroutingStrong,
     "replicas": Replicas,

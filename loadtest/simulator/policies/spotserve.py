@@ -27,27 +27,33 @@ from loadtest.simulator.ledger import Ledger
 from loadtest.simulator.network import Flow, Network, Place
 from loadtest.simulator.pipelines import Change, Interruption, Limits, Pipeline, Sequence
 from loadtest.simulator.policies.base import OnProgress
+from loadtest.simulator.policies.cloud import START_S, Cloud, RentingCloud, TraceCloud
 from loadtest.simulator.policies.step_times import ShapeTimes, best_shape_of_smallest_fleet, cost_model
 from loadtest.simulator.result import Result
-from loadtest.simulator.scenario import Lifetime, Scenario, lifetimes
+from loadtest.simulator.scenario import Scenario
 from loadtest.simulator.service import Service
+from planner.core.capacity import CapacityLimits
 from planner.core.config_optimizer import Targets
 from planner.core.effects import (
+    Effect,
     Event,
     InstanceReached,
     PublishArrange,
+    PublishDesired,
     PublishPlan,
     Report,
     Severity,
     Tick,
     WatchInstance,
 )
+from planner.core.load import PEAK_S
 from planner.core.state_machine import PlannerState
 from planner.protocol import (
     Arrange,
     InstanceInventory,
     InstanceLost,
     InstanceStarting,
+    Market,
     Phase,
     Plan,
     PreemptionNotice,
@@ -58,8 +64,6 @@ from planner.protocol import (
 )
 from planner.protocol import Pipeline as PlannedPipeline
 
-START_S: Final = -1.0
-"""The fleet of the trace's beginning has joined and serves before time 0."""
 ARRANGE_MARGIN_S: Final = 2.0
 """The engine's default."""
 PARKED_KV_S: Final = 60.0
@@ -102,9 +106,10 @@ class _Rank:
 
 
 class _Instance:
-    def __init__(self, life: Lifetime, num_ranks: int) -> None:
-        self.life = life
-        self.ranks = [_Rank(f"{life.instance}-{index}", life.instance) for index in range(num_ranks)]
+    def __init__(self, name: str, market: Market, num_ranks: int) -> None:
+        self.name = name
+        self.market = market
+        self.ranks = [_Rank(f"{name}-{index}", name) for index in range(num_ranks)]
         self.deadline_s = math.inf
 
 
@@ -138,15 +143,25 @@ class ParkedKv:
 
 
 class Fleet:
-    """One run."""
+    """One run. `limits`: the fleet rents what the planner wants within them; None: all that the trace has."""
 
-    def __init__(self, scenario: Scenario, options: SpotServeOptions, on_progress: OnProgress) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        options: SpotServeOptions,
+        on_progress: OnProgress,
+        limits: CapacityLimits | None = None,
+    ) -> None:
         self.scenario = scenario
         self.options = options
         self.clock = Clock(START_S)
         self.service = Service(self.clock, scenario.requests, scenario.model.max_model_len)
         self.ledger = Ledger(self.clock, scenario)
-        self.planner = PlannerState(_targets(scenario, options), profile=scenario.profile, links=scenario.links)
+        self.planner = PlannerState(
+            _targets(scenario, options), profile=scenario.profile, links=scenario.links, limits=limits
+        )
+        self._limits = limits
+        self._cloud: Cloud = (TraceCloud if limits is None else RentingCloud)(scenario, self.clock, self)
         self._on_progress = on_progress
         self._network = Network(scenario.links)
         self._instances: dict[str, _Instance] = {}
@@ -163,8 +178,8 @@ class Fleet:
         self._costs = cost_model(scenario)
 
     def run(self, policy: str) -> Result:
-        for life in lifetimes(self.scenario.trace):
-            self._schedule(life)
+        self._cloud.begin()
+        self.clock.at(START_S, self._begin_planner)
         self.clock.at(-LOAD_REPORT_S, self._report_load)
         self.clock.at(0.0, self._refresh_forever)
         limit_s = self.scenario.trace.end_s + self.scenario.drain_s
@@ -182,35 +197,19 @@ class Fleet:
 
     # --- The cloud ---
 
-    def _schedule(self, life: Lifetime) -> None:
-        trace, clock = self.scenario.trace, self.clock
-        if life.usable_s > trace.end_s:
-            return
-        is_initial = life.usable_s <= 0
-        rented_s = life.rented_s(self.scenario.acquisition_s)
-        starting = InstanceStarting(instance=life.instance, market=life.market)
-        clock.at(START_S if is_initial else rented_s, lambda: self._launch(life, starting))
-        clock.at(START_S if is_initial else life.usable_s, lambda: self._join(life))
-        if life.gone_s is not None and life.gone_s <= trace.end_s:
-            deadline_s = life.gone_s
-            if self.scenario.notice_s > 0:
-                notice_s = max(life.usable_s, deadline_s - self.scenario.notice_s)
-                clock.at(notice_s, lambda: self._notice(life.instance, deadline_s))
-            clock.at(deadline_s, lambda: self._lose(life.instance))
+    def launch(self, name: str, market: Market) -> None:
+        self.ledger.rent(name, market)
+        self._send(InstanceStarting(instance=name, market=market))
 
-    def _launch(self, life: Lifetime, starting: InstanceStarting) -> None:
-        self.ledger.rent(life.instance, life.market)
-        self._send(starting)
-
-    def _join(self, life: Lifetime) -> None:
-        instance = _Instance(life, self.scenario.ranks_per_instance)
-        self._instances[life.instance] = instance
+    def join(self, name: str, market: Market) -> None:
+        instance = _Instance(name, market, self.scenario.ranks_per_instance)
+        self._instances[name] = instance
         self._ranks.update({rank.place.rank: rank for rank in instance.ranks})
-        self.ledger.usable(life.instance)
+        self.ledger.usable(name)
         self._sample()
         self._refresh()
 
-    def _notice(self, name: str, deadline_s: float) -> None:
+    def notice(self, name: str, deadline_s: float) -> None:
         self._instances[name].deadline_s = deadline_s
         for pipeline in self.service.pipelines:
             if name in instances_of(self._planned[pipeline]):
@@ -218,11 +217,20 @@ class Fleet:
         self._refresh()
         self._send(PreemptionNotice(instance=name, deadline_s=deadline_s))
 
-    def _lose(self, name: str) -> None:
-        instance = self._instances.pop(name)
-        for rank in instance.ranks:
-            del self._ranks[rank.place.rank]
+    def lose(self, name: str, reason: str) -> None:
         self.ledger.end(name)
+        if name in self._instances:
+            self._drop_instance(name)
+        self._send(InstanceLost(instance=name, reason=reason))
+
+    def observe_market(self, num_spot: int) -> None:
+        assert self._limits is not None, "only a market is observed"
+        self.planner.set_limits(msgspec.structs.replace(self._limits, max_spot=min(num_spot, self._limits.max_spot)))
+        self._send(Tick())
+
+    def _drop_instance(self, name: str) -> None:
+        for rank in self._instances.pop(name).ranks:
+            del self._ranks[rank.place.rank]
         change = self.ledger.change(f"{name} lost")
         for pipeline in list(self.service.pipelines.values()):
             pipeline.fail_pulls(name)
@@ -236,18 +244,27 @@ class Fleet:
                 self._pull_again(preparation)
         self._sample()
         self._refresh()
-        self._send(InstanceLost(instance=name, reason="preempted"))
 
     # --- To the planner ---
 
+    def _begin_planner(self) -> None:
+        """It has watched the load for long enough to know what is usual, as the service ran before the trace began."""
+        self._carry_out(self.planner.handle(Tick(), START_S - PEAK_S))
+        self._send(self.service.load())
+
     def _send(self, event: Event) -> None:
         """Answers to its effects follow as events of their own, at the same time."""
-        for effect in self.planner.handle(event, self.clock.now_s):
+        self._carry_out(self.planner.handle(event, self.clock.now_s))
+
+    def _carry_out(self, effects: Items[Effect]) -> None:
+        for effect in effects:
             match effect:
                 case PublishPlan(plan=plan):
                     self._take_plan(plan)
                 case PublishArrange(arrange=arrange):
                     self._take_arrange(arrange)
+                case PublishDesired(desired=desired):
+                    self._cloud.follow(desired)
                 case WatchInstance(instance=name):
                     self._later(InstanceReached(instance=name))
                 case Report(severity=Severity.ERROR):
@@ -284,11 +301,10 @@ class Fleet:
             self._send(self._inventory(instance))
 
     def _inventory(self, instance: _Instance) -> InstanceInventory:
-        name = instance.life.instance
         return InstanceInventory(
-            instance=name,
-            market=instance.life.market,
-            liveness_address=f"{name}:1",
+            instance=instance.name,
+            market=instance.market,
+            liveness_address=f"{instance.name}:1",
             model=self.scenario.model,
             ranks=[self._rank_inventory(rank) for rank in instance.ranks],
             epoch=self._plan.epoch if self._plan is not None else 0,

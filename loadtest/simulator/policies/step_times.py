@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import msgspec
 
 from loadtest.errors import SimulationError
 from loadtest.simulator.pipelines import MAX_STEP_TOKENS
-from loadtest.simulator.scenario import CapacityTrace, Scenario
+from loadtest.simulator.scenario import CapacityTrace, Request, Scenario
 from planner.core.cost_model import CostModel, Workload
+from planner.core.layout import feasible_shapes
 from planner.protocol import Market, ParallelConfig
 
 
@@ -43,6 +45,17 @@ def best_config(scenario: Scenario, num_ranks: int, arrivals_per_s: float | None
     ]
     best = min(estimates, key=lambda e: (e.latency_s, -e.throughput_per_s), default=None)
     return best.config if best is not None else None
+
+
+def lone_request_s(scenario: Scenario) -> float:
+    """Latency of the shortest request with the pipeline of least latency for itself: no policy serves any one sooner.
+
+    Infinite if the model does not fit into the scenario's largest fleet.
+    """
+    costs = cost_model(scenario)
+    shortest = min(scenario.requests, key=lambda r: (r.prompt_tokens + r.output_tokens, r.prompt_tokens))
+    shapes, _ = feasible_shapes(costs, fleet_sizes(scenario.trace)[-1] * scenario.ranks_per_instance)
+    return min((ShapeTimes(costs, *shape).alone_s(shortest) for shape in shapes), default=math.inf)
 
 
 def best_shape_of_smallest_fleet(scenario: Scenario) -> tuple[int, int]:
@@ -103,3 +116,9 @@ class ShapeTimes:
         num_full, rest = divmod(num_tokens, MAX_STEP_TOKENS * self._pipeline)
         full_s = self.step_s(0, MAX_STEP_TOKENS * self._pipeline, 0.0) if num_full else 0.0
         return num_full * full_s + (self.step_s(0, rest, 0.0) if rest else 0.0)
+
+    def alone_s(self, request: Request) -> float:
+        """A whole request alone; the time of a step is linear in the context."""
+        num_steps = request.output_tokens - 1
+        context_tokens = request.prompt_tokens + num_steps / 2
+        return self.prefill_s(request.prompt_tokens) + num_steps * self.step_s(1, 0, context_tokens)

@@ -13,6 +13,7 @@ import pytest
 
 from loadtest.errors import SimulationError
 from loadtest.simulator.policies.base import Policy
+from loadtest.simulator.policies.mixed import SpotServeMixed
 from loadtest.simulator.policies.on_demand import OnDemand
 from loadtest.simulator.policies.replicas import Replicas, size_replicas
 from loadtest.simulator.policies.rerouting_strong import ReroutingStrong
@@ -28,6 +29,7 @@ ALL: list[Policy] = [
     SpotServe(SpotServeOptions(migration_planner=False), "no migration planner"),
     SpotServe(SpotServeOptions(arranger=False), "no arranger"),
     SpotServe(SpotServeOptions(device_mapper=False), "no device mapper"),
+    SpotServeMixed(),
     OnDemand(),
     Replicas(),
     ReroutingStrong(),
@@ -80,7 +82,9 @@ def random_scenario(seed, make_scenario):
 
 
 MANY = [(name, seed) for name in POLICIES for seed in range(5)]
-MANY += [(name, seed) for name in ("spotserve", "replicas", "rerouting-strong") for seed in range(5, 15)]
+MANY += [
+    (name, seed) for name in ("spotserve", "spotserve-mixed", "replicas", "rerouting-strong") for seed in range(5, 15)
+]
 
 
 @pytest.mark.parametrize(("name", "seed"), MANY)

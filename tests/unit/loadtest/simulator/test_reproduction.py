@@ -19,7 +19,8 @@ from loadtest.simulator.reproduce import (
     run_task,
     tasks,
 )
-from loadtest.simulator.reproduction import Figures, logged_ratio, summarize_reproduction
+from loadtest.simulator.reproduction import logged_ratio, summarize_reproduction
+from loadtest.simulator.reproduction_figures import Figures
 
 
 def task(**fields):
@@ -28,11 +29,11 @@ def task(**fields):
 
 
 def options_of(**fields):
-    policy: Any = policy_of(task(**fields))
+    policy: Any = policy_of(task(**fields), None)
     return policy.options
 
 
-def outcome(given, latency_s, num_logged=100):
+def outcome(given, latency_s, num_logged=100, lone_s=1.0):
     flat = Percentiles(**dict.fromkeys(Percentiles.__struct_fields__, latency_s))
     summary = Summary(
         policy=given.policy,
@@ -56,7 +57,7 @@ def outcome(given, latency_s, num_logged=100):
         moved_bytes=0,
         tokens_recomputed=0,
     )
-    return Outcome(task=given, summary=summary, logged=flat, num_logged=num_logged)
+    return Outcome(task=given, summary=summary, logged=flat, num_logged=num_logged, lone_s=lone_s)
 
 
 def reproduction(latency_s):
@@ -97,7 +98,7 @@ def test_a_ratio_on_the_other_side_is_marked():
 
 def test_nothing_completed_is_endless():
     given = [outcome(t, 10.0) for t in tasks()]
-    given[0] = Outcome(task=given[0].task, summary=given[0].summary, logged=None, num_logged=0)
+    given[0] = Outcome(task=given[0].task, summary=given[0].summary, logged=None, num_logged=0, lone_s=1.0)
     assert summarize_reproduction(given).tables[2].rows[0][3] == "inf"
 
 

@@ -42,6 +42,7 @@ def outcome(task: Task) -> Outcome:
         ),
         logged=times,
         num_logged=1000,
+        lone_s=1.0,
     )
 
 
