@@ -73,7 +73,8 @@ def main() -> int:
             settings.port,
             "SPOTSERVE_GATEWAY_PORT",
             shared=settings.reuse_port,
-            user_timeout_s=settings.slow_reader_timeout_s,
+            # Later than the gateway itself, which says why.
+            user_timeout_s=2 * settings.slow_reader_timeout_s,
         )
         app = create_app(settings, TextTokenizer(Path(settings.model_dir)), tracer)
         server = _server(settings, app, listener)
