@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ def make_tensorrt_with_connector(model_dir: Path, tmp_path: Path, monkeypatch: p
     return make
 
 
+@pytest.fixture(params=["mpi", "ray"])
+def make_tensorrt_over_nodes(
+    request: pytest.FixtureRequest, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> MakeBackend:
+    """Each rank is the one GPU of its instance; engines over several are started by a launcher, or by Ray."""
+    monkeypatch.setenv("PATH", f"{DOUBLES / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    make = with_double(model_dir, tmp_path, monkeypatch, multi_node=request.param)
+
+    def instance_of(rank: str) -> str:
+        return f"node-of-{rank}"
+
+    return replace(make, instance_of=instance_of, host_of=lambda rank: f"127.0.0.{int(rank[-1]) + 1}")
+
+
 def with_double(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> MakeBackend:
     from engine.backends.tensorrt_llm.backend import TensorrtBackend
 
@@ -69,7 +84,7 @@ def with_double(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             nats_url=f"nats://{tmp_path}",
             model="tiny",
             model_dir=model_dir,
-            instance="node",
+            instance=f"node-of-{rank}" if "multi_node" in options else "node",
             num_ranks=len(NAMES),
             backend="tensorrt_llm",
             device="cuda",

@@ -28,6 +28,8 @@ class MakeBackend:
     rank_id: Callable[[str], str] = str
     instance_of: Callable[[str], str] = str
     """By rank id."""
+    host_of: Callable[[str], str] = lambda _: "127.0.0.1"
+    """By rank id."""
     moves_kv: bool = True
     """An interrupted sequence's KV can be had from the old pipeline."""
 
@@ -125,7 +127,7 @@ class Fleet:
         if rank not in self.backends:
             backend = await asyncio.to_thread(self.kind.make, rank)
             server = ContextServer(backend)
-            address = await server.start("127.0.0.1")
+            address = await server.start(self.kind.host_of(rank))
             self.backends[rank], self._servers[rank] = backend, server
             self._addresses[rank] = RankAddress(
                 instance=self.kind.instance_of(rank), context_address=address, store_address=backend.store_address

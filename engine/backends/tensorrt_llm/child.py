@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
+import socket
 import sys
 import threading
 from typing import Any, Final
@@ -54,8 +56,8 @@ class Child:
         self._readers: dict[int, asyncio.Task[None]] = {}
         self._news: list[Tokens] = []
 
-    async def run(self) -> None:
-        """Until the parent says so, or is gone."""
+    async def run(self) -> bool:
+        """Until the parent says so; False: it is gone."""
         self._say(import_package())
         while (message := await receive(self._reader)) is not None:
             if isinstance(message, Build):
@@ -66,8 +68,9 @@ class Child:
                 self._abort(message.id)
             elif isinstance(message, Shutdown):
                 await self._shut_down()
-                return
+                return True
             await self._writer.drain()
+        return False
 
     def _say(self, message: Message) -> None:
         self._writer.write(encode(message))
@@ -180,22 +183,32 @@ def in_words(error: BaseException) -> str:
     return ", from ".join(parts)
 
 
-def _end_with_standard_input() -> None:
-    """Kill our process group when the parent is gone: then standard input ends."""
+def _end_with(parent: socket.socket) -> None:
+    """Kill our process group when the parent is gone, also while the engine is built.
+
+    By the socket and not by standard input: launchers run us in the background, without one.
+    """
+    ends = select.poll()
+    ends.register(os.dup(parent.fileno()), select.POLLRDHUP)
 
     def watch() -> None:
-        while os.read(0, 1):
-            pass
-        kill_marked(os.environ.get(MARK) or "none")  # Workers are in groups of their own where MPI starts them.
-        os.killpg(os.getpgid(0), signal.SIGKILL)
+        ends.poll()
+        _kill_all()
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
+def _kill_all() -> None:
+    kill_marked(os.environ.get(MARK) or "none")  # Workers are in groups of their own where MPI starts them.
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
 async def _main(socket_path: str) -> int:
     reader, writer = await asyncio.open_unix_connection(socket_path)
+    _end_with(writer.get_extra_info("socket"))
     try:
-        await Child(reader, writer).run()
+        if not await Child(reader, writer).run():
+            _kill_all()
     except Exception as error:  # noqa: BLE001 - the parent must hear of it, whatever it is
         cause = str(error) if isinstance(error, EngineUnavailable) else in_words(error)
         writer.write(encode(Failed(cause=cause)))
@@ -212,7 +225,6 @@ async def _main(socket_path: str) -> int:
 
 def main() -> None:
     """Run, and end at once: TensorRT-LLM's exit handlers may hang."""
-    _end_with_standard_input()
     code = asyncio.run(_main(sys.argv[1]))
     sys.stderr.flush()
     os._exit(code)

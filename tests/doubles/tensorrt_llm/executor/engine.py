@@ -24,7 +24,7 @@ from tensorrt_llm.sampling_params import SamplingParams
 from .connector import KvConnector
 from .model import Context, ModelConfig, choose, draw_key, log_softmax
 from .result import Logprob, RequestOutput, Response, ResponseQueue
-from .workers import Workers
+from .workers import JobWorkers, Workers
 
 _IDLE_S = 0.02
 
@@ -67,7 +67,9 @@ class _ConnectorFailed(Exception):
 
 
 class Engine:
-    def __init__(self, args: TorchLlmArgs, config: ModelConfig, workers: Workers, weights: bytes, start: int) -> None:
+    def __init__(
+        self, args: TorchLlmArgs, config: ModelConfig, workers: Workers | JobWorkers, weights: bytes, start: int
+    ) -> None:
         self._args = args
         self._config = config
         self._workers = workers

@@ -22,7 +22,7 @@ from tensorrt_llm.executor.engine import Engine
 from tensorrt_llm.executor.model import ModelConfig, digest_of_weights
 from tensorrt_llm.executor.result import RequestOutput
 from tensorrt_llm.executor.utils import RequestError
-from tensorrt_llm.executor.workers import Workers
+from tensorrt_llm.executor.workers import JobWorkers, Workers
 from tensorrt_llm.mapping import Mapping
 from tensorrt_llm.sampling_params import SamplingParams
 
@@ -64,7 +64,7 @@ class LLM:
     ) -> None:
         self._executor: Engine | None = None
         self._handle: _Handle | None = None
-        self._workers: Workers | None = None
+        self._workers: Workers | JobWorkers | None = None
         self.llm_id = f"{os.uname().nodename}-{os.getpid()}-{time.monotonic_ns()}"
         _check_names(kwargs)
         backend = kwargs.pop("backend", "pytorch")
@@ -97,7 +97,8 @@ class LLM:
         args, number = self.args, self._start_number
         control.phase("args", number)
         visible = gpus.visible()
-        if args.world_size > len(visible) and not os.environ.get("RAY_LOCAL_WORLD_SIZE"):
+        is_job = os.environ.get("TLLM_SPAWN_PROXY_PROCESS") == "1"
+        if args.world_size > len(visible) and not is_job and not os.environ.get("RAY_LOCAL_WORLD_SIZE"):
             raise RuntimeError(f"Only {len(visible)} GPUs are available, but {args.world_size} are required.")
         _check_main_module()
         folder = Path(args.model)
@@ -113,7 +114,9 @@ class LLM:
         try:
             control.phase("spawn", number)
             used_bytes = int(control.switches().gpu_memory_bytes * 0.8)
-            self._workers = Workers(visible[: args.world_size], used_bytes)
+            self._workers = (
+                JobWorkers(args.world_size, used_bytes) if is_job else Workers(visible[: args.world_size], used_bytes)
+            )
             control.phase("weights", number)
             digest = self._load_weights(config)
             control.phase("kv", number)
