@@ -386,7 +386,10 @@ class Dispatcher:
 
     def _carry_out(self, running: _Running, effects: list[Effect]) -> None:
         for effect in effects:
-            self._carry_out_one(running, effect)
+            if isinstance(effect, Deliver):
+                self._deliver(running, effect)
+            else:
+                self._carry_out_one(running, effect)
         state = running.state
         if state.phase is Phase.FINISHED and self._choices.pop(state.request_id, None) is not None:
             num_tokens = len(state.token_ids)
@@ -399,8 +402,6 @@ class Dispatcher:
     def _carry_out_one(self, running: _Running, effect: Effect) -> None:
         state = running.state
         match effect:
-            case Deliver():
-                self._deliver(running, effect)
             case request_state.Fail(message, reason):
                 self._fail(running, _failure(message, reason))
             case request_state.TimedOut():

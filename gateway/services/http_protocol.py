@@ -58,7 +58,8 @@ class Exchange:
     def write(self, data: bytes) -> None:
         """Send a part of the body, not empty; its end goes through ASGI, and what comes while this is not `ready`."""
         self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        self._protocol.hold_nothing()
+        if not self._protocol.holds_nothing:
+            self._protocol.hold_nothing()
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -67,7 +68,7 @@ class BoundedHttp(HttpToolsProtocol):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._is_plain = True
-        self._holds_nothing = False
+        self.holds_nothing = False
         self.watchers: dict[Exchange, Callable[[], None]] = {}
         self._num_head_bytes: int | None = 0
         """Of the head that has not ended; None within a body, and in what was received together with the end of one."""
@@ -85,8 +86,8 @@ class BoundedHttp(HttpToolsProtocol):
         uvloop would write at the end of its round, when other streams have been worked on. And nothing is held for a
         slow reader beside what the socket takes.
         """
-        if self._is_plain and not self._holds_nothing:
-            self._holds_nothing = True
+        self.holds_nothing = True
+        if self._is_plain:
             self.transport.set_write_buffer_limits(high=0)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -110,7 +111,7 @@ class BoundedHttp(HttpToolsProtocol):
             self.scope["extensions"] = {_EXCHANGE: cast("Any", Exchange(self, self.cycle))}
 
     def on_response_complete(self) -> None:
-        if self._holds_nothing and not self.transport.is_closing():
-            self._holds_nothing = False
+        if self.holds_nothing and self._is_plain and not self.transport.is_closing():
             self.transport.set_write_buffer_limits(high=_HELD_BYTES)
+        self.holds_nothing = False
         super().on_response_complete()
