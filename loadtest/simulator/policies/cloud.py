@@ -10,6 +10,8 @@ from planner.protocol import DesiredCapacity, Market
 
 START_S: Final = -1.0
 """The fleet of the trace's beginning has joined and serves before time 0."""
+ON_DEMAND_START_S: Final = -0.5
+"""The fleet of the beginning has on-demand instances only for what its spot instances lack."""
 RELEASE_NOTICE_S: Final = 10.0
 """An instance that is given back is told so long before, as `spotserve up --autoscale` does."""
 
@@ -101,6 +103,7 @@ class RentingCloud:
         for life in lifetimes(self._scenario.trace):
             if life.market is Market.SPOT and life.usable_s <= self._scenario.trace.end_s:
                 self._schedule(life)
+        self._clock.at(ON_DEMAND_START_S, self._reconcile)
 
     def follow(self, desired: DesiredCapacity) -> None:
         self._desired = desired
@@ -159,7 +162,8 @@ class RentingCloud:
         desired = self._desired
         if desired is None:
             return
-        for market, num_wanted in ((Market.SPOT, desired.spot), (Market.ON_DEMAND, desired.on_demand)):
+        num_on_demand = desired.on_demand if self._clock.now_s >= ON_DEMAND_START_S else 0
+        for market, num_wanted in ((Market.SPOT, desired.spot), (Market.ON_DEMAND, num_on_demand)):
             while self._num_staying(market) < num_wanted and self._rent(market):
                 pass
         for name in desired.release:

@@ -9,7 +9,7 @@ import msgspec
 
 from loadtest.errors import SimulationError
 from loadtest.simulator.pipelines import MAX_STEP_TOKENS
-from loadtest.simulator.scenario import CapacityTrace, Request, Scenario
+from loadtest.simulator.scenario import CapacityTrace, Scenario
 from planner.core.cost_model import CostModel, Workload
 from planner.core.layout import feasible_shapes
 from planner.protocol import Market, ParallelConfig
@@ -48,14 +48,15 @@ def best_config(scenario: Scenario, num_ranks: int, arrivals_per_s: float | None
 
 
 def lone_request_s(scenario: Scenario) -> float:
-    """Latency of the shortest request with the pipeline of least latency for itself: no policy serves any one sooner.
+    """Latency of the quickest request, with the pipeline of least latency for itself: no policy serves any one sooner.
 
-    Infinite if the model does not fit into the scenario's largest fleet.
+    Infinite if the model fits into no pipeline, however many ranks it has.
     """
     costs = cost_model(scenario)
-    shortest = min(scenario.requests, key=lambda r: (r.prompt_tokens + r.output_tokens, r.prompt_tokens))
-    shapes, _ = feasible_shapes(costs, fleet_sizes(scenario.trace)[-1] * scenario.ranks_per_instance)
-    return min((ShapeTimes(costs, *shape).alone_s(shortest) for shape in shapes), default=math.inf)
+    shapes, _ = feasible_shapes(costs, scenario.model.num_layers * max(costs.tensor_degrees(), default=1))
+    lengths = {(request.prompt_tokens, request.output_tokens) for request in scenario.requests}
+    times = [ShapeTimes(costs, *shape) for shape in shapes]
+    return min((one.alone_s(*pair) for one in times for pair in lengths), default=math.inf)
 
 
 def best_shape_of_smallest_fleet(scenario: Scenario) -> tuple[int, int]:
@@ -117,8 +118,7 @@ class ShapeTimes:
         full_s = self.step_s(0, MAX_STEP_TOKENS * self._pipeline, 0.0) if num_full else 0.0
         return num_full * full_s + (self.step_s(0, rest, 0.0) if rest else 0.0)
 
-    def alone_s(self, request: Request) -> float:
+    def alone_s(self, prompt_tokens: int, output_tokens: int) -> float:
         """A whole request alone; the time of a step is linear in the context."""
-        num_steps = request.output_tokens - 1
-        context_tokens = request.prompt_tokens + num_steps / 2
-        return self.prefill_s(request.prompt_tokens) + num_steps * self.step_s(1, 0, context_tokens)
+        num_steps = output_tokens - 1
+        return self.prefill_s(prompt_tokens) + num_steps * self.step_s(1, 0, prompt_tokens + num_steps / 2)

@@ -405,6 +405,18 @@ def test_desired_capacity_follows_the_load_within_its_limits(make_world):
     assert len(world.desired) <= num_answers + 1, "the load is forgotten once, and nothing else changes"
 
 
+def test_limits_may_change_while_it_runs(make_world):
+    limits = CapacityLimits(max_spot=4, candidate_pool=0)
+    world = make_world(options={"limits": limits})
+    world.join("i1")
+    world.advance(10.0)
+    world.send(LoadReport(gateway="g", arrivals_per_s=500.0, running=9, waiting=9))
+    assert (world.desired[-1].spot, world.desired[-1].on_demand) == (4, 0)
+    world.state.set_limits(CapacityLimits(max_spot=1, max_on_demand=2, candidate_pool=0))
+    world.send(LoadReport(gateway="g", arrivals_per_s=500.0, running=9, waiting=9))
+    assert (world.desired[-1].spot, world.desired[-1].on_demand) == (1, 2)
+
+
 def test_candidates_serve_as_they_are_paid_for_anyway(make_world):
     def num_pipelines(pool):
         limits = CapacityLimits(max_spot=6, candidate_pool=pool)

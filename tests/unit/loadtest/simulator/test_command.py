@@ -16,8 +16,10 @@ from loadtest.simulator.command import app
 from loadtest.simulator.policies import POLICIES
 from loadtest.simulator.policies.base import OnProgress
 from loadtest.simulator.policies.on_demand import OnDemand
+from loadtest.simulator.policies.replicas import Replicas
+from loadtest.simulator.policies.spotserve import SpotServe
 from loadtest.simulator.result import Result as SimulationResult
-from loadtest.simulator.runs import run_all
+from loadtest.simulator.runs import as_json, run_all
 from loadtest.simulator.scenario import Scenario
 from loadtest.simulator.setup import Options, build
 
@@ -131,6 +133,14 @@ def test_a_policy_that_cannot_run_does_not_hide_the_others(trace: Path):
     assert failures == ["impossible cannot run here: no room."]
     with pytest.raises(SimulationError, match="impossible cannot run here"):
         run_all(setup.scenario, [Impossible()])
+
+
+def test_processes_change_nothing_but_the_time(trace: Path):
+    setup = build(Options(model="llama-3.1-8b", device="L4", trace=str(trace), arrivals="poisson:0.5"))
+    policies = [SpotServe(), Replicas(), OnDemand()]
+    alone, beside = (run_all(setup.scenario, policies, num) for num in (1, 2))
+    assert as_json(beside) == as_json(alone)
+    assert [result.policy for result in beside[0]] == ["spotserve", "replicas", "on-demand"]
 
 
 def test_a_report_that_cannot_be_written_is_one_line(trace: Path, tmp_path: Path):

@@ -13,12 +13,12 @@ import pytest
 
 from loadtest.errors import SimulationError
 from loadtest.simulator.policies.base import Policy
-from loadtest.simulator.policies.mixed import SpotServeMixed
+from loadtest.simulator.policies.mixed import SpotServeMixed, market_limits
 from loadtest.simulator.policies.on_demand import OnDemand
 from loadtest.simulator.policies.replicas import Replicas, size_replicas
 from loadtest.simulator.policies.rerouting_strong import ReroutingStrong
 from loadtest.simulator.policies.spotserve import SpotServe, SpotServeOptions
-from loadtest.simulator.policies.step_times import fleet_sizes
+from loadtest.simulator.policies.step_times import fleet_sizes, lone_request_s
 from loadtest.simulator.result import Fate
 from loadtest.simulator.scenario import CapacityEvent, CapacityTrace, Request, lifetimes
 from planner.protocol import Market
@@ -299,6 +299,58 @@ def test_replicas_do_not_rent_more_than_they_need(make_scenario, make_trace, mak
     sizing = size_replicas(scenario)
     result = run(Replicas(), scenario)
     assert result.fleet[-1].num_spot == sizing.instances * (sizing.num_wanted + 1) < 6
+
+
+def test_mixed_falls_back_to_on_demand_while_spot_is_short(make_scenario, make_trace, make_requests):
+    trace = make_trace((0, "+", "a b c d e f"), (20, "-", "a b c d e"), (100, "+", "g h i j k"), end_s=200.0)
+    scenario = make_scenario(trace=trace, requests=make_requests(750, 0.25), memory_bytes=300_000_000)
+    result = run(SpotServeMixed(), scenario)
+    assert {o.fate for o in result.outcomes} == {Fate.COMPLETED}
+    during = [fleet_at(result, at_s) for at_s in (10, 50, 199)]
+    assert [sample.num_on_demand > 0 for sample in during] == [False, True, False]
+    assert [sample.num_spot for sample in during] == [6, 1, 6]
+
+
+def test_mixed_does_not_rent_more_than_it_needs(make_scenario, make_trace, make_requests):
+    scenario = make_scenario(
+        trace=make_trace((0, "+", "a b c d e f g h")), requests=make_requests(6, 10.0), memory_bytes=300_000_000
+    )
+    result = run(SpotServeMixed(), scenario)
+    assert result.fleet[-1].num_spot < 8
+    assert result.instance_hours_on_demand == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_mixed_never_costs_more_than_it_may(seed, make_scenario):
+    scenario = random_scenario(seed, make_scenario)
+    limit_usd_per_h = 5.0
+    result = run(SpotServeMixed(limit_usd_per_h), scenario)
+    prices = scenario.prices
+    usd_per_h = [s.num_spot * prices.spot_per_h + s.num_on_demand * prices.on_demand_per_h for s in result.fleet]
+    assert max(usd_per_h) <= limit_usd_per_h
+    assert result.cost_usd <= limit_usd_per_h * scenario.trace.end_s / 3600
+
+
+def test_mixed_buys_on_demand_with_the_money_that_the_market_has_no_spot_for(make_scenario, make_trace, make_requests):
+    trace = make_trace((0, "+", "a b c d e f"), (10, "-", "b c d e f"), end_s=100.0)
+    scenario = make_scenario(trace=trace, requests=make_requests(1000, 0.1), memory_bytes=300_000_000)
+    result = run(SpotServeMixed(7.0), scenario)
+    assert (fleet_at(result, 60).num_spot, fleet_at(result, 60).num_on_demand) == (1, 2)
+    assert market_limits(scenario).max_usd_per_h == 6 * scenario.prices.on_demand_per_h
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("policy", [SpotServe(), SpotServeMixed(), Replicas()], ids=lambda policy: policy.name)
+def test_no_request_is_faster_than_one_that_is_alone(policy, seed, make_scenario):
+    scenario = random_scenario(seed, make_scenario)
+    done = [o.latency_s for o in run(policy, scenario).outcomes if o.fate is Fate.COMPLETED]
+    assert min(done, default=math.inf) >= lone_request_s(scenario) - 1e-9
+
+
+def test_a_request_that_is_alone_takes_what_it_takes_alone(make_scenario, make_trace, make_requests):
+    scenario = make_scenario(trace=make_trace((0, "+", "a b c")), requests=make_requests(1, 1.0))
+    (outcome,) = run(SpotServe(), scenario).outcomes
+    assert outcome.latency_s == pytest.approx(lone_request_s(scenario), rel=0.1)
 
 
 @pytest.mark.parametrize("policy", [Replicas(), ReroutingStrong()], ids=["replicas", "rerouting"])
