@@ -23,6 +23,7 @@ from planner.core.links import Links
 from planner.core.profile import Profile
 from planner.core.profile_json import decode_profile
 from planner.core.roofline import DTYPE_BYTES, INTER_FRACTION, roofline_profile
+from planner.errors import ProfileError
 from planner.protocol import ModelShape
 
 USABLE_MEMORY: Final = 0.9
@@ -222,9 +223,13 @@ def _profile(path: Path | None, model: Model, dtype: str, device: Device, prompt
     if path is None:
         return roofline_profile(decoder_shape(model, dtype), device, prompt_tokens=prompt_tokens)
     try:
-        return decode_profile(path.expanduser().read_bytes(), str(path))
+        profile = decode_profile(path.expanduser().read_bytes(), str(path))
     except OSError as error:
         raise InputError("--profile", None, None, f"{path}: {error.strerror or error}") from error
+    if profile.num_layers != model.config.num_layers:
+        reason = f"{profile.num_layers}, but {model.name} has {model.config.num_layers}"
+        raise ProfileError(str(path), "num_layers", reason)
+    return profile
 
 
 def _facts(options: Options, scenario: Scenario, arrivals: str, dtype: str, device: Device) -> list[Fact]:

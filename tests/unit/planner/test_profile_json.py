@@ -87,7 +87,10 @@ def test_artifact_errors_name_file_and_field(artifact, changes, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"{", "content: is not JSON"),
+        (b'{\n "name": 1,\n "num_layers" 2\n}', "line 3, column 15: is not JSON: Expecting ':'"),
+        (b"", "line 1, column 1: is not JSON"),
+        (b'{"name": "\xff"}', "byte 10: is not text in UTF-8"),
+        (b'{"name": NaN}', "name: Expected `str`"),
         (b"[1]", "content: is not a JSON object"),
         (b"{}", "content: .*missing required field `name`"),
     ],

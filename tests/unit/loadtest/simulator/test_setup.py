@@ -172,8 +172,13 @@ def test_a_bad_trace_names_file_line_and_field(tmp_path: Path, text: str, messag
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"degrees": {}}, "degrees: no tensor degree"), ({"num_layers": "many"}, "num_layers"), (None, "is not JSON")],
-    ids=["no degree", "type", "not JSON"],
+    [
+        ({"degrees": {}}, "degrees: no tensor degree"),
+        ({"num_layers": "many"}, "num_layers"),
+        ({"num_layers": 7}, "num_layers: 7, but "),
+        (None, "line 1, column 2: is not JSON"),
+    ],
+    ids=["no degree", "type", "of another model", "not JSON"],
 )
 def test_a_bad_profile_names_file_and_field(tmp_path: Path, change: dict[str, Any] | None, message: str):
     path = tmp_path / "bad.json"
