@@ -223,6 +223,19 @@ async def test_3_aborts_that_are_never_answered_hold_nothing_up(make_tensorrt: M
         assert len(control.journal("abort")) == 8
 
 
+async def test_4_requests_are_made_and_read_on_one_loop_and_no_thread_waits_for_a_result(
+    make_tensorrt: MakeBackend,
+) -> None:
+    async with Fleet(make_tensorrt) as fleet:
+        await fleet.serve("p1", ONE)
+        for name in ("r", "s"):
+            assert len(await tokens_of(fleet, "p1", name, max_tokens=6)) == 6
+        loops = {made["loop"] for made in control.journal("made")}
+        assert len(loops) == 1
+        assert None not in loops
+        assert not control.journal("waits_in_its_thread")
+
+
 async def test_1_and_6_and_7_and_8_what_is_asked_of_the_engine(make_tensorrt: MakeBackend) -> None:
     """Fresh parameters, lengths always set, no text, no stop words, no end_id; several tokens in a response."""
     control.set(num_gpus=NUM_GPUS, tokens_per_step=3)

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _LAST_LINES: Final = 20
 _DEAD_WAIT_S: Final = 5.0
+_LAST_WORDS_S: Final = 1.0
 
 
 class EngineProcess:
@@ -127,7 +128,12 @@ class EngineProcess:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_DEAD_WAIT_S):
                     await process.wait()
+        if self._forwarding is not None:  # To the end of its standard error: its pipe is closed then.
+            await asyncio.wait({self._forwarding}, timeout=_LAST_WORDS_S)
         self._release()
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                await self._writer.wait_closed()
 
     def kill_now(self) -> None:
         """The same without waiting: the event loop is ending."""

@@ -230,6 +230,8 @@ def test_4_without_a_loop_it_cannot_be_awaited(make_llm: MakeLlm) -> None:
         with pytest.raises(AssertionError, match="event loop was not present"):
             asyncio.run(read())
         assert len(result.result().outputs[0].token_ids or []) == 12
+        assert [made["loop"] for made in control.journal("made")] == [None]
+        assert control.journal("waits_in_its_thread")
 
 
 def test_4_another_loop_than_the_one_it_was_made_on_is_an_error(make_llm: MakeLlm) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from trtllm_double.control import control
+
 from tensorrt_llm.disaggregated_params import DisaggregatedParams
 from tensorrt_llm.sampling_params import SamplingParams
 
@@ -192,6 +194,7 @@ class RequestOutput:
 
     def result(self, timeout: float | None = None) -> RequestOutput:
         """The real one ignores `timeout` as well."""
+        control.log("waits_in_its_thread", request_id=self.request_id)
         while not self._done:
             self._handle(self.queue.get())
         return self

@@ -212,7 +212,7 @@ class LLM:
             end_id_given=getattr(params, "_end_id_given", False),
             processors=params.logits_processor is not None,
         )
-        result = RequestOutput(
+        result = RequestOutput(  # It belongs to the loop that runs here, if one does.
             request_id,
             prompt,
             prompt_ids,
@@ -221,6 +221,7 @@ class LLM:
             executor=self._handle,
             decode=self._tokenizer.decode if self._tokenizer is not None else None,
         )
+        control.log("made", request_id=request_id, loop=id(result.queue.loop) if result.queue.loop else None)
         executor.submit(result, params, prompt_ids, cache_salt or "")
         return result
 
