@@ -38,8 +38,8 @@ class Exchange:
         """Whether the client has disconnected."""
         return self._cycle.disconnected
 
-    def watch(self, on_gone: Callable[[], None]) -> None:
-        """Call `on_gone` when the client disconnects, until `unwatch`."""
+    def watch(self, on_gone: Callable[[str | None], None]) -> None:
+        """Call `on_gone` when the connection ends, until `unwatch`; with the cause if it was not the client's will."""
         self._protocol.watchers[self] = on_gone
 
     def unwatch(self) -> None:
@@ -69,7 +69,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._is_plain = True
         self.holds_nothing = False
-        self.watchers: dict[Exchange, Callable[[], None]] = {}
+        self.watchers: dict[Exchange, Callable[[str | None], None]] = {}
         self._num_head_bytes: int | None = 0
         """Of the head that has not ended; None within a body, and in what was received together with the end of one."""
 
@@ -92,8 +92,10 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        # Little had been sent, so that nothing had to wait here: it was the kernel that saw that nobody reads it.
+        cause = "the client has not taken what was sent to it" if isinstance(exc, TimeoutError) else None
         for on_gone in list(self.watchers.values()):
-            on_gone()
+            on_gone(cause)
 
     def data_received(self, data: bytes) -> None:
         if self._num_head_bytes is None and self.cycle is not None and not self.cycle.more_body:

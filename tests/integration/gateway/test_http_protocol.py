@@ -26,7 +26,7 @@ async def stream(scope, send):
     ready = [exchange.ready]
     await send({"type": "http.response.start", "status": 200, "headers": []})
     gone = asyncio.Event()
-    exchange.watch(gone.set)
+    exchange.watch(lambda _: gone.set())
     ready.append(exchange.ready)
     for number in range(4):
         exchange.write(b"event %d" % number)

@@ -1,6 +1,7 @@
 """`python -m gateway` as a process: start, drain on SIGTERM, refusals to start, end with the parent."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -77,6 +78,38 @@ async def test_sigterm_lets_streams_finish(spawn, nats_server, free_port, fake_e
         assert len(rest) > 20
     assert await wait(process) == 0
     assert not pipeline.cancelled
+    await engine.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux tells the time")
+async def test_a_client_that_takes_nothing_of_a_slow_stream_is_cut_and_counted(
+    spawn, nats_server, free_port, fake_engine_class
+):
+    port = free_port()
+    spawn(port, SPOTSERVE_GATEWAY_SLOW_READER_TIMEOUT_S="0.5")
+    client = await nats.connect(nats_server.url)
+    engine = fake_engine_class(client, "process")
+    await engine.start()
+    await engine.add("p0", step_s=0.05)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+        await alive(http)
+        await engine.plan("p0")
+        async with asyncio.timeout(10):
+            while (await http.get("/ready")).status_code != 200:
+                await engine.announce()
+                await asyncio.sleep(0.05)
+        fields = {"max_tokens": 900, "n": 8, "stream": True, "ignore_eos": True}
+        body = json.dumps({"model": "tiny-chat", "prompt": "abc", **fields}).encode()
+        with socket.socket() as reader:
+            # Full after a few events, long before the gateway would have to wait.
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.connect(("127.0.0.1", port))
+            head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            reader.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            async with asyncio.timeout(15):
+                while 'stalled_readers_total{model_name="tiny-chat"} 1.0' not in (await http.get("/metrics")).text:
+                    await asyncio.sleep(0.05)
+        assert (await http.get("/internal/requests")).json()["running"] == 0
     await engine.close()
 
 
