@@ -10,14 +10,8 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from gateway.core import sse
-from gateway.core.responses import (
-    ResponseBody,
-    ResponseFold,
-    answered_messages,
-    chat_body,
-    input_messages,
-    own_param,
-)
+from gateway.core.response_input import answered_messages, chat_body, input_messages, own_param
+from gateway.core.responses import ResponseBody, ResponseFold
 from gateway.core.tools.definitions import tool_use
 from gateway.errors import ApiError, bad_request
 from gateway.openai import ChatMessage

@@ -10,7 +10,8 @@ from gateway import openai
 from gateway.core.fold import Delta
 from gateway.core.parsing import ToolCallDelta
 from gateway.core.response_format import Usage
-from gateway.core.responses import ResponseBody, ResponseFold, answered_messages, chat_body, input_messages
+from gateway.core.response_input import answered_messages, chat_body, input_messages
+from gateway.core.responses import ResponseBody, ResponseFold
 from gateway.errors import ApiError, unavailable
 
 USAGE = Usage(3, 4, 2, 1)
