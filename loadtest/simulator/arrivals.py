@@ -106,19 +106,6 @@ class LogNormal(msgspec.Struct, frozen=True, kw_only=True):
         return int(min(max(1, round(value)), self.maximum))
 
 
-class Empirical(msgspec.Struct, frozen=True):
-    """Drawn from what was seen. Raises ValueError if that is nothing, or not positive."""
-
-    values: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if not self.values or min(self.values) < 1:
-            raise ValueError("values: there must be some, all of them positive")
-
-    def draw(self, rng: np.random.Generator) -> int:
-        return self.values[int(rng.integers(len(self.values)))]
-
-
 def make_requests(
     arrivals_s: Sequence[float], prompts: Lengths, outputs: Lengths, rng: np.random.Generator
 ) -> tuple[Request, ...]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Final
 
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from loadtest.report import Check, Table
 from loadtest.simulator.paper_figures import (
@@ -37,7 +34,6 @@ from loadtest.simulator.reproduce import (
     REPLICAS,
     STRONG,
     Outcome,
-    reproduce,
 )
 from loadtest.simulator.reproduction_figures import Figures, usd_per_100k_tokens, value_of
 from loadtest.simulator.reproduction_rivals import (
@@ -65,18 +61,6 @@ class Reproduction(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         notes = "\n".join(f"- {note}" for note in self.notes)
         return "\n\n".join([*map(str, self.tables), f"Differences\n{notes}", "\n".join(map(str, self.checks))])
-
-
-def run(data: Path, num_processes: int = 2) -> Reproduction:
-    """All of it, in some minutes, with a bar on standard error. Raises InputError or ProfileError."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("simulations", total=None)
-
-        def on_task(num_done: int, num_tasks: int) -> None:
-            progress.update(bar, completed=num_done, total=num_tasks)
-
-        return summarize_reproduction(reproduce(data, num_processes=num_processes, on_task=on_task))
 
 
 def summarize_reproduction(outcomes: Sequence[Outcome]) -> Reproduction:

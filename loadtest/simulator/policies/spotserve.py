@@ -28,6 +28,7 @@ from loadtest.simulator.network import Flow, Network, Place
 from loadtest.simulator.pipelines import Change, Interruption, Limits, Pipeline, Sequence
 from loadtest.simulator.policies.base import OnProgress
 from loadtest.simulator.policies.cloud import START_S, Cloud, RentingCloud, TraceCloud
+from loadtest.simulator.policies.members import Instance, Preparation, Rank, inventory_of
 from loadtest.simulator.policies.step_times import ShapeTimes, best_shape_of_smallest_fleet, cost_model
 from loadtest.simulator.result import Result
 from loadtest.simulator.scenario import Scenario
@@ -57,10 +58,8 @@ from planner.protocol import (
     Phase,
     Plan,
     PreemptionNotice,
-    RankInventory,
     RankProgress,
     Transfer,
-    UnitRange,
 )
 from planner.protocol import Pipeline as PlannedPipeline
 
@@ -95,33 +94,6 @@ class SpotServe:
 
     def run(self, scenario: Scenario, on_progress: OnProgress) -> Result:
         return Fleet(scenario, self.options, on_progress).run(self.name)
-
-
-class _Rank:
-    def __init__(self, name: str, instance: str) -> None:
-        self.place = Place(instance, name)
-        self.units: list[UnitRange] = []
-        self.runs: str | None = None
-        self.prepared: list[str] = []
-
-
-class _Instance:
-    def __init__(self, name: str, market: Market, num_ranks: int) -> None:
-        self.name = name
-        self.market = market
-        self.ranks = [_Rank(f"{name}-{index}", name) for index in range(num_ranks)]
-        self.deadline_s = math.inf
-
-
-class _Preparation:
-    """A pipeline of the plan on its way."""
-
-    def __init__(self, planned: PlannedPipeline) -> None:
-        self.planned = planned
-        self.timers: dict[str, Timer] = {}
-        """By rank that still pulls."""
-        self.sources: set[str] = set()
-        """Instances that they pull from."""
 
 
 class ParkedKv:
@@ -164,10 +136,10 @@ class Fleet:
         self._cloud: Cloud = (TraceCloud if limits is None else RentingCloud)(scenario, self.clock, self)
         self._on_progress = on_progress
         self._network = Network(scenario.links)
-        self._instances: dict[str, _Instance] = {}
-        self._ranks: dict[str, _Rank] = {}
+        self._instances: dict[str, Instance] = {}
+        self._ranks: dict[str, Rank] = {}
         self._plan: Plan | None = None
-        self._preparing: dict[str, _Preparation] = {}
+        self._preparing: dict[str, Preparation] = {}
         self._planned: dict[str, PlannedPipeline] = {}
         """Pipelines that run, or that have stopped and whose KV may be pulled."""
         self._changes: dict[str, Change] = {}
@@ -202,7 +174,7 @@ class Fleet:
         self._send(InstanceStarting(instance=name, market=market))
 
     def join(self, name: str, market: Market) -> None:
-        instance = _Instance(name, market, self.scenario.ranks_per_instance)
+        instance = Instance(name, market, self.scenario.ranks_per_instance)
         self._instances[name] = instance
         self._ranks.update({rank.place.rank: rank for rank in instance.ranks})
         self.ledger.usable(name)
@@ -300,30 +272,10 @@ class Fleet:
         for instance in self._instances.values():
             self._send(self._inventory(instance))
 
-    def _inventory(self, instance: _Instance) -> InstanceInventory:
-        return InstanceInventory(
-            instance=instance.name,
-            market=instance.market,
-            liveness_address=f"{instance.name}:1",
-            model=self.scenario.model,
-            ranks=[self._rank_inventory(rank) for rank in instance.ranks],
-            epoch=self._plan.epoch if self._plan is not None else 0,
-        )
-
-    def _rank_inventory(self, rank: _Rank) -> RankInventory:
-        name = rank.place.rank
-        pipeline = self.service.pipelines.get(rank.runs) if rank.runs is not None else None
-        return RankInventory(
-            rank=name,
-            device=self.scenario.profile.name,
-            memory_bytes=self.scenario.memory_bytes,
-            context_address=f"{name}:1",
-            store_address=f"{name}:2",
-            units=rank.units,
-            pipeline=rank.runs,
-            prepared=rank.prepared,
-            kv_tokens=pipeline.kv_tokens() if pipeline is not None else 0,
-        )
+    def _inventory(self, instance: Instance) -> InstanceInventory:
+        epoch = self._plan.epoch if self._plan is not None else 0
+        kv_tokens = {name: pipeline.kv_tokens() for name, pipeline in self.service.pipelines.items()}
+        return inventory_of(instance, self.scenario, epoch, kv_tokens)
 
     # --- A plan: prepare ---
 
@@ -353,7 +305,7 @@ class Fleet:
         flows: dict[Place, list[Flow]] = {}
         pulls: dict[str, list[Transfer]] = {}
         for planned in new:
-            self._preparing[planned.id] = _Preparation(planned)
+            self._preparing[planned.id] = Preparation(planned)
             for rank in planned.ranks():
                 pulls[rank] = transfers.get(rank, []) if self.options.device_mapper else self._pull_all(planned, rank)
                 flows[places[rank]] = weight_flows(self.scenario.model, pulls[rank], places)
@@ -377,10 +329,10 @@ class Fleet:
         held = {state.place: state.units for state in self._ranks.values()}
         return pull_everything(self.scenario.model, planned, rank, held)
 
-    def _await(self, preparation: _Preparation, rank: str, at_s: float) -> None:
+    def _await(self, preparation: Preparation, rank: str, at_s: float) -> None:
         preparation.timers[rank] = self.clock.at(at_s, lambda: self._prepared(preparation, rank))
 
-    def _prepared(self, preparation: _Preparation, rank: str) -> None:
+    def _prepared(self, preparation: Preparation, rank: str) -> None:
         del preparation.timers[rank]
         state, planned = self._ranks[rank], preparation.planned
         state.units = list(dict.fromkeys([*state.units, *position_units(self.scenario.model, planned, rank)]))
@@ -388,7 +340,7 @@ class Fleet:
         self._progress(rank, planned.id, Phase.PREPARED)
         self._start_ready()
 
-    def _pull_again(self, preparation: _Preparation) -> None:
+    def _pull_again(self, preparation: Preparation) -> None:
         """A source has gone: whoever still pulls takes everything from those that are left."""
         waiting = sorted(preparation.timers)
         pulls = {rank: self._pull_missing(preparation.planned, rank) for rank in waiting}
@@ -404,7 +356,7 @@ class Fleet:
         held = self._ranks[rank].units
         return [t for t in self._pull_all(planned, rank) if not holds(held, t.units.first_layer, t.units.first_group)]
 
-    def _drop(self, preparation: _Preparation) -> None:
+    def _drop(self, preparation: Preparation) -> None:
         del self._preparing[preparation.planned.id]
         for timer in preparation.timers.values():
             timer.cancel()
@@ -457,7 +409,7 @@ class Fleet:
             if all(rank.runs is None and name in rank.prepared for rank in ranks):
                 self._start(preparation)
 
-    def _start(self, preparation: _Preparation) -> None:
+    def _start(self, preparation: Preparation) -> None:
         planned = preparation.planned
         self._drop(preparation)
         self._planned[planned.id] = planned

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from loadtest.simulator.arrivals import Empirical, Fixed, LogNormal, gamma, make_requests, per_minute, poisson
+from loadtest.simulator.arrivals import Fixed, LogNormal, gamma, make_requests, per_minute, poisson
 
 
 def rng(seed=7):
@@ -81,18 +81,15 @@ def test_lengths_stay_within_their_bounds():
     assert max(drawn) == 8
 
 
-def test_fixed_and_empirical_lengths():
+def test_fixed_lengths():
     source = rng()
     assert {Fixed(5).draw(source) for _ in range(10)} == {5}
-    assert {Empirical((3, 9)).draw(source) for _ in range(100)} == {3, 9}
 
 
 @pytest.mark.parametrize(
     "make",
     [
         lambda: Fixed(0),
-        lambda: Empirical(()),
-        lambda: Empirical((1, 0)),
         lambda: LogNormal(mean=0, cv=1, maximum=5),
         lambda: LogNormal(mean=5, cv=-1, maximum=5),
         lambda: LogNormal(mean=5, cv=1, maximum=0),

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from loadtest.errors import SimulationError
 from loadtest.simulator.command import app
 from loadtest.simulator.policies import POLICIES
-from loadtest.simulator.policies.base import OnProgress
+from loadtest.simulator.policies.base import OnProgress, Policy
 from loadtest.simulator.policies.on_demand import OnDemand
 from loadtest.simulator.policies.replicas import Replicas
 from loadtest.simulator.policies.spotserve import SpotServe
@@ -137,7 +137,7 @@ def test_a_policy_that_cannot_run_does_not_hide_the_others(trace: Path):
 
 def test_processes_change_nothing_but_the_time(trace: Path):
     setup = build(Options(model="llama-3.1-8b", device="L4", trace=str(trace), arrivals="poisson:0.5"))
-    policies = [SpotServe(), Replicas(), OnDemand()]
+    policies: list[Policy] = [SpotServe(), Replicas(), OnDemand()]
     alone, beside = (run_all(setup.scenario, policies, num) for num in (1, 2))
     assert as_json(beside) == as_json(alone)
     assert [result.policy for result in beside[0]] == ["spotserve", "replicas", "on-demand"]

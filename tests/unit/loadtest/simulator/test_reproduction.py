@@ -29,7 +29,8 @@ def task(**fields):
 
 
 def options_of(**fields):
-    policy: Any = policy_of(task(**fields), None)
+    no_scenario: Any = None  # only one at the cost of replicas depends on it
+    policy: Any = policy_of(task(**fields), no_scenario)
     return policy.options
 
 
