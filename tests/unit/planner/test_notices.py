@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import msgspec
 import pytest
 
 from planner.core.agenda import RETRY_DELAYS_S
@@ -10,6 +11,7 @@ from planner.core.capacity import CapacityLimits
 from planner.core.effects import Severity, Tick
 from planner.core.fleet import OUTLIVED_S, REQUEST_TIMEOUT_S, STARTING_TIMEOUT_S
 from planner.core.load import PEAK_S
+from planner.core.profile import Profile
 from planner.core.rollout import REVIVE_MARGIN_S
 from planner.core.setbacks import HANG_EXCLUSION_S
 from planner.errors import InventoryError, MessageError
@@ -23,6 +25,7 @@ from planner.protocol import (
     MeasuredStep,
     Phase,
     PreemptionNotice,
+    UnitRange,
 )
 
 
@@ -288,17 +291,17 @@ def test_pipeline_revived_before_it_had_started_is_prepared_again(make_world):
 # --- Decisions that fail -------------------------------------------------------------------------------------------
 
 
-def test_last_good_plan_stands_when_a_decision_fails(make_world, make_model):
-    world = make_world()
+def test_last_good_plan_stands_when_a_decision_fails(make_world, make_model, make_profile):
+    world = make_world(options={"profile": Profile.from_steps(make_profile(), make_model())})
     world.join("i1")
     before = world.plan
-    world.model = make_model(kv_block_tokens=0)
+    world.model = make_model(num_layers=31)
     world.announce("i1")
     world.join("i2")
     status = world.state.status(world.now_s)
     assert status.plan == before
     assert status.num_failed_decisions == 1
-    assert "ZeroDivisionError" in status.last_failure
+    assert "num_layers: 30, but tiny has 31" in status.last_failure
     report = next(r for r in world.reports if r.severity is Severity.ERROR)
     assert "i2 joined" in report.fields["cause"]
     assert report.fields["ranks"] == "i1-0,i2-0"
@@ -325,6 +328,37 @@ def test_impossible_load_is_refused(make_world, field, value):
     report = {"gateway": "g", "arrivals_per_s": 1.0, "running": 0, "waiting": 0} | {field: value}
     with pytest.raises(MessageError, match=f"LoadReport of g: {field}"):
         world.send(LoadReport(**report))
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_rank", "message"),
+    [
+        ({"kv_block_tokens": 0}, {}, r"model\.kv_block_tokens: 0 is below 1"),
+        ({"num_layers": -3}, {}, r"model\.num_layers: -3 is below 1"),
+        ({}, {"memory_bytes": -1}, "memory_bytes: -1 of i1-0"),
+        ({}, {"rebuild_s": float("inf")}, "rebuild_s: inf of i1-0"),
+        (
+            {},
+            {"measured_step": MeasuredStep(num_sequences=float("nan"), mean_step_ms=1.0, num_steps=9)},
+            r"measured_step\.num_sequences: nan of i1-0",
+        ),
+        (
+            {},
+            {"units": [UnitRange(first_layer=3, last_layer=2, first_group=0, last_group=0)]},
+            "units: i1-0 names a range that ends before it begins",
+        ),
+    ],
+)
+def test_impossible_inventory_is_refused_and_the_field_named(make_world, of_model, of_rank, message):
+    world = make_world()
+    world.join("i1", "i2")
+    good = world.inventory("i1")
+    ranks = [msgspec.structs.replace(good.ranks[0], **of_rank)]
+    bad = msgspec.structs.replace(good, model=msgspec.structs.replace(good.model, **of_model), ranks=ranks)
+    before = world.state.status(world.now_s)
+    with pytest.raises(InventoryError, match=f"inventory of i1: {message}"):
+        world.state.handle(bad, world.now_s)
+    assert world.state.status(world.now_s) == before
 
 
 def test_impossible_deadline_is_refused(make_world):
