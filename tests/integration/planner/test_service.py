@@ -374,9 +374,8 @@ async def test_an_impossible_model_is_refused_by_field_and_the_plan_stands(stack
     broken = stack.agents["i2"] = Agent("i2")
     broken.model = agent.model
     await broken.start(stack.nc)
-    for name in ("i1", "i2"):
-        text = f"inventory of {name}: model.kv_block_tokens: 0 is below 1"
-        await until(lambda text=text: text in stack.planner.text(), 10)
+    refused = [f"inventory of {name}: model.kv_block_tokens: 0 is below 1" for name in ("i1", "i2")]
+    await until(lambda: all(text in stack.planner.text() for text in refused), 10)
     status = await stack.status()
     assert status.plan == before
     assert status.num_failed_decisions == 0

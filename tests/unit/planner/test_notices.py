@@ -320,7 +320,7 @@ def test_last_good_plan_stands_when_a_decision_fails(make_world, make_model, mak
     assert world.state.next_wakeup_s(world.now_s) == math.inf
 
 
-@pytest.mark.parametrize("field", ["arrivals_per_s", "mean_prompt_tokens", "mean_output_tokens"])
+@pytest.mark.parametrize("field", ["arrivals_per_s", "mean_prompt_tokens", "waiting"])
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_impossible_load_is_refused(make_world, field, value):
     world = make_world()
