@@ -172,7 +172,9 @@ class Rollout:
             if rank.pipeline in self._planned or rank.pipeline in self.retirements:
                 self._note_prepared(rank.pipeline, rank.rank, now_s)
                 self._started.add(rank.pipeline)
-                self._seen_running.add(rank.pipeline)
+                running = self.find(rank.pipeline)
+                if running is not None and running.leader == rank.rank:
+                    self._seen_running.add(rank.pipeline)  # A member may start long before its leader has prepared.
             if self.plan is not None and inventory.epoch >= self.plan.epoch:
                 self._drop_stopped(rank.rank, rank.pipeline)
                 over += self._ended(rank)

@@ -234,7 +234,7 @@ class Session:
         assert plan is not None
         return next(p.stages[0].shards[0].instance for p in plan.pipelines if counts.get(p.id))
 
-    async def take_until_resumed(self, notice_s: float | None) -> None:
+    async def take_until_resumed(self, notice_s: float | None, num_instances: int = 3) -> None:
         """Preempt (None: kill) an instance under traffic; another one if its streams all ended before it went."""
         for _ in range(5):
             victim = await self.serving_instance()
@@ -246,7 +246,7 @@ class Session:
             if self.resumes:
                 return
             await self.add()
-            await self.until(lambda: self.has_instances(3), "three instances again")
+            await self.until(lambda: self.has_instances(num_instances), f"{num_instances} instances again")
 
     async def add(self) -> str:
         before = {i.id for i in (await self.status()).instances}

@@ -1,7 +1,7 @@
 """The preemption tests on `spotserve up --backend tensorrt_llm`, with the double of the package on the path.
 
-Three instances of one GPU each; token ids equal those of an undisturbed run, for greedy streams and for those with a
-seed of the client.
+Three instances of one GPU each, and two of two GPUs with an engine over both; token ids equal those of an undisturbed
+run, for greedy streams and for those with a seed of the client.
 """
 
 from __future__ import annotations
@@ -47,6 +47,29 @@ class Fleet:
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Engines of one GPU."""
+    yield from started(tmp_path_factory, "--stages", "1", "--tensor", "1")
+
+
+@pytest.fixture(scope="module")
+def wide_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Engines of two stages on the two GPUs of an instance."""
+    yield from started(
+        tmp_path_factory,
+        "--instances",
+        "2",
+        "--ranks-per-instance",
+        "2",
+        "--pipelines",
+        "2",
+        "--stages",
+        "2",
+        "--tensor",
+        "1",
+    )
+
+
+def started(tmp_path_factory: pytest.TempPathFactory, *shape: str) -> Iterator[Fleet]:
     tiny = make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", max_len=4096)
     folder = tmp_path_factory.mktemp("stack")
     environ = {
@@ -59,7 +82,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRTLLM_DOUBLE_DIR", environ["TRTLLM_DOUBLE_DIR"])
         control.set(num_gpus=6, step_s=0.01)
-        options = ("--backend", "tensorrt_llm", "--dtype", "float32", "--stages", "1", "--tensor", "1")
+        options = ("--backend", "tensorrt_llm", "--dtype", "float32", *shape)
         stack = Stack(folder / "state", tiny, *options, environ=environ)
         stack.start()
         yield Fleet(stack)
@@ -113,3 +136,14 @@ async def test_two_preemptions_a_second_apart(at_rest: tuple[Fleet, Session]) ->
         await session.preempt(second, 4.0)
         await session.until_gone(first)
         await session.until_gone(second)
+
+
+async def test_an_instance_of_two_gpus_is_preempted(wide_fleet: Fleet) -> None:
+    async with Session(wide_fleet.stack) as session:
+        await session.restore(2)
+        assert await session.shape() == ((2, 1), (2, 1))
+        async with await wide_fleet.traffic(session):
+            await session.take_until_resumed(3.0, num_instances=2)
+        assert session.resumes, "nothing was interrupted"
+        assert await session.shape() == ((2, 1),)
+        await session.settled()

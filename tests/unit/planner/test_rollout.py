@@ -3,7 +3,19 @@ import math
 import pytest
 
 from planner.core.rollout import ARRANGE_MARGIN_S, MAX_SENDS, RESEND_S, REVIVE_MARGIN_S, Retirement, Rollout
-from planner.protocol import Explanation, Phase, Pipeline, Plan, RankProgress, Retiring, Shard, Stage
+from planner.protocol import (
+    Explanation,
+    InstanceInventory,
+    Market,
+    Phase,
+    Pipeline,
+    Plan,
+    RankInventory,
+    RankProgress,
+    Retiring,
+    Shard,
+    Stage,
+)
 
 
 @pytest.fixture
@@ -161,3 +173,22 @@ def test_a_pipeline_that_holds_up_nobody_else_serves_to_its_deadline(model):
     prepare_all(rollout, 2, new)
     (arrange,) = rollout.due_arranges(3.0)
     assert arrange.deadline_s == 30.0
+
+
+def test_a_pipeline_whose_members_start_before_their_leader_is_not_over(model):
+    rollout = Followed()
+    rollout.follow(model, 1, [P1])
+
+    def seen(rank, runs):
+        one = RankInventory(
+            rank=rank, device="cpu", memory_bytes=1, context_address="", store_address="", units=[], pipeline=runs
+        )
+        inventory = InstanceInventory(
+            instance=rank, market=Market.SPOT, liveness_address="", model=model, ranks=[one], epoch=1
+        )
+        return rollout.note_inventory(inventory, 1.0)
+
+    assert seen("b", "p1") == []
+    assert seen("a", None) == [], "the leader is still preparing"
+    assert seen("a", "p1") == []
+    assert seen("a", None) == ["p1"]
