@@ -56,6 +56,7 @@ DESIRED_KEY: Final = "desired"
 DURABLE: Final = "planner"
 RETRY_S: Final = 0.2
 REQUEST_TIMEOUT_S: Final = 2.0
+CLOSE_TIMEOUT_S: Final = 3.0
 INVENTORY_TTL_S: Final = 10.0
 TOKEN_LOG_BYTES: Final = 64 * 1024 * 1024
 HOUR_S: Final = 3600.0
@@ -305,11 +306,13 @@ class Bus:
         await self._nc.publish(self._subjects.desired, payload)
 
     async def close(self) -> None:
-        if self._nc.is_connected:
-            with contextlib.suppress(NatsError, OSError, TimeoutError):
-                await self._nc.flush(timeout=1)
-        if self._nc.is_connected or self._nc.is_reconnecting:
-            await self._nc.close()
+        """Also while the server is away."""
+        with contextlib.suppress(NatsError, OSError, TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                if self._nc.is_connected:
+                    await self._nc.flush(timeout=1)
+                if self._nc.is_connected or self._nc.is_reconnecting:
+                    await self._nc.close()
 
     async def _log_error(self, error: Exception) -> None:
         if repr(error) != self._last_error:  # the same one comes at every attempt to connect

@@ -43,6 +43,10 @@ TOO_LARGE_RETRY_S: Final = 10.0
 """The operator may raise the server's limit while it runs."""
 
 
+STOP_TIMEOUT_S: Final = 3.0
+"""The process ends then, whatever still waits for an answer."""
+
+
 class Controller:
     def __init__(self, settings: Settings, tracing: Tracing) -> None:
         self._state = PlannerState(
@@ -68,7 +72,7 @@ class Controller:
         finally:
             for task in (serving, stopping):
                 task.cancel()
-            await asyncio.gather(serving, stopping, return_exceptions=True)
+            await asyncio.wait([serving, stopping], timeout=STOP_TIMEOUT_S)
             await self._liveness.close()
             await self._bus.close()
 

@@ -480,6 +480,15 @@ async def until_published(js, notice: PreemptionNotice) -> None:
             return
 
 
+async def test_it_stops_cleanly_while_nats_is_away(stack):
+    await stack.join("i1")
+    await stack.server.stop()
+    await until(lambda: "NATS connection lost" in stack.planner.text(), 5)
+    assert await stack.planner.stop() == 0
+    assert stack.planner.text().rstrip().endswith("planner stopped")
+    assert "Traceback" not in stack.planner.text()
+
+
 async def test_bad_setting_is_named(tmp_path):
     planner = Planner("nats://127.0.0.1:1", tmp_path / "log", max_batch="many")
     with planner.log.open("wb") as sink:
