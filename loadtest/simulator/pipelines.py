@@ -306,8 +306,8 @@ class Pipeline:
             return
         self._admit()
         self._make_room()
-        decoding = [s for s in self.running if s.num_to_feed == 1]
-        prefilling = self._chunks(len(decoding))
+        decoding = [s for s in self.running if s.request.prompt_tokens + s.tokens - s.computed == 1]
+        prefilling = self._chunks(len(decoding)) if len(decoding) < len(self.running) else []
         if not decoding and not prefilling:
             if self._stop is not None:
                 self._finish_stop()
@@ -338,8 +338,9 @@ class Pipeline:
             sequence.computed += rows
             if sequence.num_to_feed == 0:
                 sequence.commit(1, first_s, round_.step_s)
-        done = [s for s in self.running if s.is_done]
-        self.running = [s for s in self.running if not s.is_done]
+        done = [s for s in self.running if s.tokens >= s.request.output_tokens]
+        if done:
+            self.running = [s for s in self.running if not s.is_done]
         self._recount()
         for sequence in done:
             self.on_done(sequence)

@@ -141,6 +141,8 @@ class Service:
     def dispatch(self) -> None:
         """Send what there is room for: due when a request or a pipeline has come, or one has room again."""
         while self._queue:
+            if all(pipeline.num_free_slots == 0 for pipeline in self.pipelines.values()):
+                return  # as the router would say
             for pipeline in self.pipelines.values():
                 self._router.observe_state(self._state(pipeline), self.clock.now_s)
             chosen = self._router.choose(self.clock.now_s, heir_of=self._queue[0].heir_of)
