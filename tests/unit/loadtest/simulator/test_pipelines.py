@@ -242,7 +242,7 @@ def test_many_steps_at_once_are_the_same_as_one_by_one(requests, max_batch, num_
             # None comes at the very end of a step: the last bit of a sum would decide.
             world.request(at_s + 1.3e-6 * index, prompt_tokens, output_tokens)
         if stop is not None:
-            at_s, notice_s = 0.5 + stop[0], stop[1] + 1.7e-7
+            at_s, notice_s = 0.51 + stop[0], stop[1] + 1.7e-7  # no request comes later
             world.clock.at(at_s, lambda: world.pipeline.stop(at_s + notice_s, 0.05, 0.0, left.extend))  # noqa: B023
         world.clock.run()
         assert {s.request.id for s in world.done} | {s.request.id for s in left} == set(range(len(requests)))
