@@ -49,7 +49,6 @@ ONE_BATCH: Final = "spotserve-paper, one batch"
 OURS: Final = "spotserve"
 STRONG: Final = "rerouting-strong"
 REPLICAS: Final = "replicas"
-MIXED: Final = "spotserve-mixed"
 MIXED_AT_COST: Final = "spotserve-mixed, at the cost of replicas"
 
 OnTask = Callable[[int, int], None]
@@ -122,7 +121,7 @@ MakeTask = Callable[..., Task]
 
 
 def _fig6() -> list[MakeTask]:
-    policies = (*SYSTEMS, OUR_PREFILL, OURS, STRONG, REPLICAS, MIXED, MIXED_AT_COST)
+    policies = (*SYSTEMS, OUR_PREFILL, OURS, STRONG, REPLICAS, MIXED_AT_COST)
     return [
         partial(Task, figure=6, model=model, trace=trace, policy=policy)
         for model in MODELS
@@ -169,8 +168,6 @@ def policy_of(task: Task, scenario: Scenario) -> Policy:
     """As the artifact's scripts run it; the newer batching is theirs for Fig. 8."""
     if task.policy == MIXED_AT_COST:
         return SpotServeMixed(Replicas().run(scenario, _ignore).cost_usd / (scenario.trace.end_s / 3600))
-    if task.policy == MIXED:
-        return SpotServeMixed()
     on = [part not in ABLATED_PARTS[: task.level] for part in ABLATED_PARTS]
     parts = dict(zip(ABLATED_PARTS, on, strict=True))
     if task.policy == OURS:

@@ -11,7 +11,7 @@ from loadtest.simulator.charts import Chart, bars
 from loadtest.simulator.paper_figures import SYSTEMS
 from loadtest.simulator.paper_setup import MODELS, TRACES, Arrivals
 from loadtest.simulator.report import Page, Section
-from loadtest.simulator.reproduce import MIXED, MIXED_AT_COST, OURS, REPLICAS, STRONG
+from loadtest.simulator.reproduce import MIXED_AT_COST, OURS, REPLICAS, STRONG
 from loadtest.simulator.reproduction import Reproduction
 from loadtest.simulator.reproduction_figures import Figures
 
@@ -66,7 +66,7 @@ def _p99_chart(reproduction: Reproduction, arrivals: Arrivals) -> Chart:
     cells = [(model, trace) for model in MODELS for trace in TRACES]
     values = {
         policy: [figures.latency(6, trace, policy, "p99", arrivals, model=model) for model, trace in cells]
-        for policy in (OURS, *SYSTEMS, STRONG, REPLICAS, MIXED, MIXED_AT_COST)
+        for policy in (OURS, *SYSTEMS, STRONG, REPLICAS, MIXED_AT_COST)
     }
     return bars(
         f"p99-{arrivals}",
