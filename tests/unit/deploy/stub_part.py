@@ -120,12 +120,12 @@ async def gateway() -> None:
 async def engine() -> None:
     if "STUB_ENGINE_FAILS" in os.environ:
         sys.exit("cannot load the model: no such tensor")
-    # A rank that survives its agent unless the whole group is killed.
-    rank = await asyncio.create_subprocess_exec(sys.executable, "-c", RANK)
-    print(f"agent ready, rank {rank.pid}", flush=True)
     stop = asyncio.Event()
     on_sigterm = (lambda: None) if "STUB_ENGINE_STAYS" in os.environ else stop.set
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, on_sigterm)
+    # A rank that survives its agent unless the whole group is killed.
+    rank = await asyncio.create_subprocess_exec(sys.executable, "-c", RANK)
+    print(f"agent ready, rank {rank.pid}", flush=True)
     await stop.wait()
 
 
