@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -69,3 +72,22 @@ class Findings:
         counts = {outcome: sum(f.outcome is outcome for f in self.found) for outcome in Outcome}
         words = ", ".join(f"{number} {outcome}" for outcome, number in counts.items() if number)
         return f"{words}; {time.time() - self.started_s:.0f} s"
+
+
+def run_doctor(
+    backend: str, model_help: str, examine: Callable[[Findings, Path | None], None], arguments: list[str] | None
+) -> int:
+    """The program of a backend's doctor: examine, with the model's directory if there is one; report; the exit code."""
+    parser = argparse.ArgumentParser(prog=f"spotserve doctor --backend {backend}")
+    parser.add_argument("--json", type=Path, help="write a report there")
+    parser.add_argument("--model", type=Path, help=model_help)
+    options = parser.parse_args(arguments)
+    findings = Findings(backend, sys.stdout)
+    try:
+        examine(findings, options.model)
+    except KeyboardInterrupt:
+        findings.add(Finding("doctor", Outcome.FAILED, "interrupted"))
+    sys.stdout.write(findings.summary() + "\n")
+    if options.json is not None:
+        findings.write_json(options.json)
+    return findings.exit_code

@@ -6,7 +6,6 @@ which are killed when they hang, since that some calls hang is among the questio
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import importlib.metadata
 import importlib.util
@@ -22,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from engine.backends.findings import Finding, Findings, Outcome
+from engine.backends.findings import Finding, Findings, Outcome, run_doctor
 from engine.backends.tensorrt_llm import gpus
 from engine.backends.tensorrt_llm.launch import MARK
 from engine.backends.tensorrt_llm.processes import kill_group, kill_marked
@@ -208,19 +207,7 @@ def examine(findings: Findings, model_dir: Path | None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Examine and report; the exit code."""
-    parser = argparse.ArgumentParser(prog="spotserve doctor --backend tensorrt_llm")
-    parser.add_argument("--json", type=Path, help="write a report there")
-    parser.add_argument("--model", type=Path, help="a small model's directory, for the probes")
-    options = parser.parse_args(arguments)
-    findings = Findings("tensorrt_llm", sys.stdout)
-    try:
-        examine(findings, options.model)
-    except KeyboardInterrupt:
-        findings.add(Finding("doctor", Outcome.FAILED, "interrupted"))
-    sys.stdout.write(findings.summary() + "\n")
-    if options.json is not None:
-        findings.write_json(options.json)
-    return findings.exit_code
+    return run_doctor("tensorrt_llm", "a small model's directory, for the probes", examine, arguments)
 
 
 if __name__ == "__main__":

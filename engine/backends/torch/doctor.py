@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import math
 import sys
 from pathlib import Path
 from typing import Final
 
-from engine.backends.findings import Finding, Findings, Outcome
+from engine.backends.findings import Finding, Findings, Outcome, run_doctor
 from engine.errors import EngineError
 
 PACKAGES: Final = ("numpy", "safetensors", "xxhash", "llguidance")
@@ -82,21 +81,17 @@ def check_model(findings: Findings, model_dir: Path) -> None:
     findings.add(Finding("model", Outcome.OK, f"{model_dir.name}: {shape}"))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Examine and report; the exit code."""
-    parser = argparse.ArgumentParser(prog="spotserve doctor --backend torch")
-    parser.add_argument("--json", type=Path, help="write a report there")
-    parser.add_argument("--model", type=Path, help="a model directory to look at")
-    options = parser.parse_args(arguments)
-    findings = Findings("torch", sys.stdout)
+def examine(findings: Findings, model_dir: Path | None) -> None:
+    """Packages, torch, and the model if one is given."""
     check_packages(findings)
     check_torch(findings)
-    if options.model is not None and not findings.has(Outcome.MISSING):
-        check_model(findings, options.model)
-    sys.stdout.write(findings.summary() + "\n")
-    if options.json is not None:
-        findings.write_json(options.json)
-    return findings.exit_code
+    if model_dir is not None and not findings.has(Outcome.MISSING):
+        check_model(findings, model_dir)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Examine and report; the exit code."""
+    return run_doctor("torch", "a model directory to look at", examine, arguments)
 
 
 if __name__ == "__main__":

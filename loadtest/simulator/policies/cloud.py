@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Final, Protocol
 
 from loadtest.simulator.clock import Clock
@@ -38,6 +40,26 @@ class Cloud(Protocol):
 
     def follow(self, desired: DesiredCapacity) -> None:
         """What the planner wants from now on."""
+
+
+def schedule_offers(
+    scenario: Scenario,
+    clock: Clock,
+    *,
+    offer: Callable[[Lifetime], None],
+    withdraw: Callable[[str, float], None],
+    end: Callable[[str], None],
+) -> None:
+    """A market of the trace's spot instances: each is offered so early that it can be usable as in the trace, withdrawn
+    (with the second it ends at) by its notice, and ended.
+    """
+    for life in lifetimes(scenario.trace):
+        if life.market is Market.SPOT and life.usable_s <= scenario.trace.end_s:
+            clock.at(START_S if life.usable_s <= 0 else life.rented_s(scenario.acquisition_s), partial(offer, life))
+            if life.gone_s is not None and life.gone_s <= scenario.trace.end_s:
+                notice_s = max(0.0, life.gone_s - scenario.notice_s)
+                clock.at(notice_s, partial(withdraw, life.instance, life.gone_s))
+                clock.at(life.gone_s, partial(end, life.instance))
 
 
 class TraceCloud:
@@ -100,9 +122,13 @@ class RentingCloud:
         self._is_due = False
 
     def begin(self) -> None:
-        for life in lifetimes(self._scenario.trace):
-            if life.market is Market.SPOT and life.usable_s <= self._scenario.trace.end_s:
-                self._schedule(life)
+        schedule_offers(
+            self._scenario,
+            self._clock,
+            offer=self._offer,
+            withdraw=self._withdraw,
+            end=lambda instance: self._end(self._names.get(instance), "preempted"),
+        )
         self._clock.at(ON_DEMAND_START_S, self._reconcile)
 
     def follow(self, desired: DesiredCapacity) -> None:
@@ -111,21 +137,13 @@ class RentingCloud:
 
     # --- The market ---
 
-    def _schedule(self, life: Lifetime) -> None:
-        clock, acquisition_s = self._clock, self._scenario.acquisition_s
-        clock.at(START_S if life.usable_s <= 0 else life.rented_s(acquisition_s), lambda: self._offer(life))
-        if life.gone_s is not None and life.gone_s <= self._scenario.trace.end_s:
-            gone_s = life.gone_s
-            clock.at(max(0.0, gone_s - self._scenario.notice_s), lambda: self._withdraw(life, gone_s))
-            clock.at(gone_s, lambda: self._end(self._names.get(life.instance), "preempted"))
-
     def _offer(self, life: Lifetime) -> None:
         self._offered[life.instance] = life
         self._reconcile_soon()
 
-    def _withdraw(self, life: Lifetime, deadline_s: float) -> None:
-        self._offered.pop(life.instance, None)
-        name = self._names.get(life.instance)
+    def _withdraw(self, instance: str, deadline_s: float) -> None:
+        self._offered.pop(instance, None)
+        name = self._names.get(instance)
         if name is not None and not self._rented[name].is_leaving:
             self._leave(name, deadline_s)
 

@@ -10,12 +10,11 @@ from loadtest.simulator.clock import Clock
 from loadtest.simulator.ledger import Ledger
 from loadtest.simulator.pipelines import Limits, Pipeline
 from loadtest.simulator.policies.base import OnProgress
+from loadtest.simulator.policies.cloud import START_S
 from loadtest.simulator.policies.step_times import ShapeTimes, cost_model
 from loadtest.simulator.scenario import Scenario
 from loadtest.simulator.service import Service
 
-START_S: Final = -1.0
-"""The fleet of the trace's beginning serves before time 0."""
 PROGRESS_S: Final = 10.0
 STALLED_S: Final = 900.0
 """After the end of the trace: nothing has been served for so long, so nothing will be."""

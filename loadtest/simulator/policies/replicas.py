@@ -19,10 +19,11 @@ from typing import Final
 import msgspec
 
 from loadtest.simulator.policies.base import OnProgress
-from loadtest.simulator.policies.fixed_shape import START_S, FixedShapeRun
+from loadtest.simulator.policies.cloud import START_S, schedule_offers
+from loadtest.simulator.policies.fixed_shape import FixedShapeRun
 from loadtest.simulator.policies.step_times import best_config, cost_model, does_not_fit, fleet_sizes
 from loadtest.simulator.result import Result
-from loadtest.simulator.scenario import Lifetime, Scenario, lifetimes
+from loadtest.simulator.scenario import Lifetime, Scenario
 from planner.protocol import Market, ParallelConfig
 
 TARGET_LOAD: Final = 0.8
@@ -130,24 +131,13 @@ class _Run:
         self._load_s = weights / scenario.links.disk_bytes_per_s
 
     def result(self, policy: str) -> Result:
-        for life in lifetimes(self._scenario.trace):
-            if life.market is Market.SPOT and life.usable_s <= self._scenario.trace.end_s:
-                self._schedule(life)
+        schedule_offers(self._scenario, self._fleet.clock, offer=self._offer, withdraw=self._notice, end=self._lose)
         self._fleet.clock.at(START_S, self._reconcile)
         self._fleet.clock.at(SCALE_S, self._scale)
         self._fleet.run()
         return self._fleet.ledger.result(policy, self._fleet.service)
 
     # --- The market ---
-
-    def _schedule(self, life: Lifetime) -> None:
-        clock = self._fleet.clock
-        is_initial = life.usable_s <= 0
-        clock.at(START_S if is_initial else life.rented_s(self._scenario.acquisition_s), lambda: self._offer(life))
-        if life.gone_s is not None and life.gone_s <= self._scenario.trace.end_s:
-            gone_s = life.gone_s
-            clock.at(max(0.0, gone_s - self._scenario.notice_s), lambda: self._notice(life.instance, gone_s))
-            clock.at(gone_s, lambda: self._lose(life.instance))
 
     def _offer(self, life: Lifetime) -> None:
         self._offered[life.instance] = life

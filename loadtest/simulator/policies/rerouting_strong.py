@@ -15,7 +15,8 @@ import msgspec
 
 from loadtest.simulator.clock import Timer
 from loadtest.simulator.policies.base import OnProgress
-from loadtest.simulator.policies.fixed_shape import START_S, FixedShapeRun
+from loadtest.simulator.policies.cloud import START_S
+from loadtest.simulator.policies.fixed_shape import FixedShapeRun
 from loadtest.simulator.policies.step_times import best_shape_of_smallest_fleet
 from loadtest.simulator.result import Result
 from loadtest.simulator.scenario import Lifetime, Scenario, lifetimes
