@@ -30,8 +30,9 @@ from gateway.settings import Settings
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
 _CLOSE_S = 3
-_GC_THRESHOLD = 20_000
-"""New objects before a collection; Python's 700 is a handful of requests."""
+_GC_THRESHOLDS = (2_000, 10, 100)
+"""New objects before a collection, and how many of those before a longer one: each stops all streams, for a millisecond
+per thousand objects. An answered request leaves nothing to collect, so that seldom is enough."""
 
 
 class _Server(uvicorn.Server):
@@ -87,7 +88,7 @@ def main() -> int:
     # What lives from here to the end is never garbage: the collector need not look at it again and again.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_GC_THRESHOLD)
+    gc.set_threshold(*_GC_THRESHOLDS)
     try:
         server.run(sockets=[listener])
     finally:

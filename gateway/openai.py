@@ -169,6 +169,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Values that leave the answer as it is, beside null, of fields that are not served."""
 _NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
+    **_NEUTRAL,
     "functions": (),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -179,7 +180,7 @@ _NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "best_of": (1,),
 }
-_NEUTRAL_COMPLETION: Mapping[str, tuple[Any, ...]] = {"suffix": ("",), "prompt_embeds": ()}
+_NEUTRAL_COMPLETION: Mapping[str, tuple[Any, ...]] = {**_NEUTRAL, "suffix": ("",), "prompt_embeds": ()}
 
 _Body = TypeVar("_Body", ChatBody, CompletionBody)
 _Decoded = TypeVar("_Decoded")
@@ -219,12 +220,12 @@ def _invalid(message: str) -> ApiError:
 
 
 def _check_served(body: GenerationBody) -> None:
-    of_endpoint = _NEUTRAL_CHAT if isinstance(body, ChatBody) else _NEUTRAL_COMPLETION
-    for name, neutral in (*_NEUTRAL.items(), *of_endpoint.items()):
+    for name, neutral in (_NEUTRAL_CHAT if isinstance(body, ChatBody) else _NEUTRAL_COMPLETION).items():
         value = getattr(body, name)
+        if value is None:
+            continue
         # `0` of an int field and `False` of a bool field are different things and equal in Python.
-        same = any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
-        if value is not None and not same:
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral):
             raise bad_request(f"{name} is not served (given {repr(value)[:60]})", name)
 
 

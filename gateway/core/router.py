@@ -72,6 +72,9 @@ class _Known(msgspec.Struct):
     num_since_state: int = 0
     """Taken in by the pipeline since it last told its free slots."""
     blocked_until_s: float = 0.0
+    in_plan: bool = False
+    deadline_s: float | None = None
+    """When it goes away, by its own word and the plan's; None: not under notice."""
 
 
 class Router:
@@ -89,6 +92,8 @@ class Router:
             return False
         self.plan = plan
         self._known = {p: known for p, known in self._known.items() if self.fate(p) is not Fate.GONE}
+        for known in self._known.values():
+            self._judge(known)
         self._prefixes = {p: index for p, index in self._prefixes.items() if self.fate(p) is not Fate.GONE}
         return True
 
@@ -99,6 +104,7 @@ class Router:
             return
         blocked_until_s = known.blocked_until_s if known is not None else 0.0
         self._known[state.pipeline] = _Known(state, now_s, 0, blocked_until_s)
+        self._judge(self._known[state.pipeline])
 
     def submitting(self, pipeline: str) -> None:
         """A request is on its way to `pipeline`."""
@@ -150,18 +156,19 @@ class Router:
         candidates = heirs or room
         lasting = [p for p in candidates if self._lives_long_enough(p, need, now_s)]
         if not lasting:
-            longest = max(candidates, key=lambda p: (self._deadline_s(p) or 0.0, -self._load(p), p))
+            longest = max(candidates, key=lambda p: (self._known[p].deadline_s or 0.0, -self._load(p), p))
             return self._decision("lifetime", longest, need, now_s, len(room), 0)
         cached = self._cached_tokens(lasting, need)
-        least = min(map(self._load, lasting))
-        near = [p for p in lasting if self._load(p) <= least + LOAD_SLACK]
-        best = min(near, key=lambda p: (-cached[p], self._load(p), self._deadline_s(p) is not None, p))
+        load = {p: self._load(p) for p in lasting}
+        least = min(load.values())
+        near = [p for p in lasting if load[p] <= least + LOAD_SLACK]
+        best = min(near, key=lambda p: (-cached[p], load[p], self._known[p].deadline_s is not None, p))
         rule = "heir" if heirs else "only" if len(room) == 1 else "prefix" if cached[best] else "load"
         return self._decision(rule, best, need, now_s, len(room), cached[best])
 
     def ready(self, now_s: float) -> list[str]:
         """Pipelines of the plan that serve now, with or without a free slot."""
-        return [p for p in self._known if self._takes_requests(p, now_s)]
+        return [p for p, known in self._known.items() if self._takes_requests(known, now_s)]
 
     def states(self, now_s: float) -> list[PipelineState]:
         """What all pipelines have said of themselves lately."""
@@ -169,7 +176,7 @@ class Router:
 
     def under_notice(self) -> set[str]:
         """Pipelines whose end is known."""
-        return {p for p in self._known if self._deadline_s(p) is not None}
+        return {p for p, known in self._known.items() if known.deadline_s is not None}
 
     def waiting_reason(self, now_s: float) -> str:
         """Why no pipeline is ready, for a person."""
@@ -180,21 +187,20 @@ class Router:
         silent = [p.id for p in self.plan.pipelines if p.id not in self._known]
         return f"no pipeline is ready yet (not heard of: {', '.join(silent) or 'none'})"
 
-    def _takes_requests(self, pipeline: str, now_s: float) -> bool:
-        known = self._known[pipeline]
-        state = known.state
-        if not state.ready or state.draining:
-            return False
-        if now_s > known.seen_s + STALE_STATE_S or self.plan is None or self.fate(pipeline) is Fate.GONE:
-            return False
-        deadline_s = self._deadline_s(pipeline)
-        return deadline_s is None or deadline_s > now_s + MIN_LIFETIME_S
-
-    def _deadline_s(self, pipeline: str) -> float | None:
-        known = self._known[pipeline].state.deadline_s
+    def _judge(self, known: _Known) -> None:
+        """Note what the plan says about it: the same for all requests until one of the two changes."""
+        name = known.state.pipeline
         retiring = self.plan.retiring if self.plan is not None else []
-        planned = [r.deadline_s for r in retiring if r.pipeline.id == pipeline]
-        return min((d for d in [known, *planned] if d is not None), default=None)
+        deadlines_s = [known.state.deadline_s, *(r.deadline_s for r in retiring if r.pipeline.id == name)]
+        known.in_plan = self.plan is not None and self.fate(name) is not Fate.GONE
+        known.deadline_s = min((d for d in deadlines_s if d is not None), default=None)
+
+    @staticmethod
+    def _takes_requests(known: _Known, now_s: float) -> bool:
+        state, deadline_s = known.state, known.deadline_s
+        if not (known.in_plan and state.ready) or state.draining or now_s > known.seen_s + STALE_STATE_S:
+            return False
+        return deadline_s is None or deadline_s > now_s + MIN_LIFETIME_S
 
     def _num_own(self, pipeline: str) -> int:
         return self._known[pipeline].num_since_state + self._num_submitting.get(pipeline, 0)
@@ -209,7 +215,7 @@ class Router:
         return [p.id for p in self.plan.pipelines if heir_of in p.inherits and p.id in room]
 
     def _lives_long_enough(self, pipeline: str, need: Need, now_s: float) -> bool:
-        deadline_s = self._deadline_s(pipeline)
+        deadline_s = self._known[pipeline].deadline_s
         if deadline_s is None:
             return True
         return need.expected_s is not None and now_s + MIN_LIFETIME_S + LIFETIME_FACTOR * need.expected_s < deadline_s
@@ -234,7 +240,7 @@ class Router:
     def _decision(
         self, rule: str, pipeline: str, need: Need, now_s: float, num_candidates: int, cached_tokens: int
     ) -> Decision:
-        deadline_s = self._deadline_s(pipeline)
+        deadline_s = self._known[pipeline].deadline_s
         return Decision(
             pipeline=pipeline,
             rule=rule,

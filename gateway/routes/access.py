@@ -24,7 +24,6 @@ async def identify(request: Request[Any, Any, Any]) -> None:
     principal = ANONYMOUS
     if keys is not None and request.scope["path"] not in _OPEN:
         principal = keys.ring.authenticate(request.headers.get("authorization", ""), time.time())
-    request.state.principal = principal
     text = request.headers.get(TIMEOUT_HEADER)
     current_caller.set(Caller(principal, _seconds(text) if text is not None else None))
 

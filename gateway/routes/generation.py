@@ -12,7 +12,7 @@ from gateway.core.messages import prompts_of
 from gateway.core.tools.definitions import tool_use
 from gateway.errors import bad_request
 from gateway.openai import ChatBody, CompletionBody, GenerationBody, parse
-from gateway.routes.replies import ClientGone, JsonReply, NoReply, StreamReply, json_body, next_bytes, unless_gone
+from gateway.routes.replies import ClientGone, JsonReply, NoReply, StreamReply, json_body, unless_gone
 from gateway.services.answer import Answer
 from gateway.services.front import CHAT, COMPLETION, Front, Prompt
 
@@ -48,25 +48,20 @@ async def completions(request: Request[Any, Any, Any]) -> ASGIApp:
 
 
 async def _reply(request: Request[Any, Any, Any], front: Front, body: GenerationBody, answer: Answer) -> ASGIApp:
-    """The answer as a whole or as a stream; a stream begins with its first token, so early errors are plain."""
-    try:
-        if not body.stream:
-            whole = await unless_gone(request.scope, answer.body())
-            answer.close()
-            return JsonReply(whole)
+    """The answer as a whole or as a stream."""
+    if body.stream:
         events = answer.events(
             include_usage=body.include_usage,
             continuous_usage=body.continuous_usage,
             keep_alive_s=front.settings.keep_alive_s,
         )
-        first = await unless_gone(request.scope, next_bytes(events))
+        return StreamReply(events, answer.close)
+    try:
+        return JsonReply(await unless_gone(request.scope, answer.body()))
     except ClientGone:
-        answer.close()
         return NoReply()
-    except BaseException:
+    finally:
         answer.close()
-        raise
-    return StreamReply(first, events, answer.close)
 
 
 async def _maybe_in_thread(data: bytes, work: Any, *args: Any) -> Any:

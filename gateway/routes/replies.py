@@ -115,13 +115,13 @@ class ClientWatch:
 class StreamReply:
     """Server-sent events; `close` is called however it ends, also when the client goes away.
 
+    The answer begins with the first event: an ApiError before it is a plain one.
     A client that does not read is cut off after the setting `slow_reader_timeout_s`. Until then the server holds one
     socket buffer of text for it and its token ids, at most max_tokens.
     """
 
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes], close: Callable[..., None]) -> None:
-        self._first = first
-        self._rest = rest
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[..., None]) -> None:
+        self._events = events
         self._close = close
         self._sending = 0
         """Number of the event that is being sent; 0: none."""
@@ -132,8 +132,9 @@ class StreamReply:
         stall = None
         try:
             async with ClientWatch(scope) as watch:
+                first = await anext(self._events)
                 stall = _Stall(self, front.settings.slow_reader_timeout_s, watch.end)
-                await self._send(scope, send)
+                await self._send(first, scope, send)
         except ClientGone as gone:
             if gone.cause is not None:
                 cause = (gone.cause,)
@@ -148,20 +149,20 @@ class StreamReply:
     def sending(self) -> int:
         return self._sending
 
-    async def _send(self, scope: Scope, send: Send) -> None:
-        exchange, rest = Exchange.of(scope), self._rest
+    async def _send(self, first: bytes, scope: Scope, send: Send) -> None:
+        exchange, events = Exchange.of(scope), self._events
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         if exchange.ready:
-            exchange.write(self._first)
+            exchange.write(first)
         else:
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        if isinstance(rest, EventStream):
-            rest.write_to(exchange)
+            await send({"type": "http.response.body", "body": first, "more_body": True})
+        if isinstance(events, EventStream):
+            events.write_to(exchange)
         number, more_body = 1, True
-        async for data in rest:
+        async for data in events:
             number += 1
             self._sending = number
-            more_body = not (isinstance(rest, EventStream) and rest.has_ended)
+            more_body = not (isinstance(events, EventStream) and events.has_ended)
             await send({"type": "http.response.body", "body": data, "more_body": more_body})
             self._sending = 0
         if more_body:
@@ -199,20 +200,16 @@ async def unless_gone(scope: Scope, work: Coroutine[Any, Any, _T]) -> _T:
         work.close()
 
 
-async def next_bytes(events: AsyncIterator[bytes]) -> bytes:
-    """The next ones; a coroutine, as `unless_gone` wants it."""
-    return await anext(events)
-
-
 async def json_body(request: Request[Any, Any, Any]) -> bytes:
     """The body of a JSON request. Raises ApiError: 415 for another content type or encoding, 400 for an empty one."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    headers = request.headers
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise ApiError(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             f"Content-Type must be application/json, not {content_type[:80] or 'missing'}",
         )
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise ApiError(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"Content-Encoding {encoding[:80]} is not read; send the body as it is"

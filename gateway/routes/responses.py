@@ -9,7 +9,8 @@ from litestar.types import ASGIApp
 
 from gateway.core.responses import ResponseBody
 from gateway.openai import decode
-from gateway.routes.replies import ClientGone, JsonReply, NoReply, StreamReply, json_body, next_bytes, unless_gone
+from gateway.routes.replies import ClientGone, JsonReply, NoReply, StreamReply, json_body, unless_gone
+from gateway.services.caller import current_caller
 from gateway.services.responses import Responses, not_found
 
 
@@ -18,23 +19,17 @@ async def create_response(request: Request[Any, Any, Any]) -> ASGIApp:
     """Answer an input, with the conversation before it if `previous_response_id` is given."""
     responses: Responses = request.app.state.responses
     body = decode(await json_body(request), ResponseBody)
-    running = await responses.begin(body, request.headers, _owner(request))
+    running = await responses.begin(body, request.headers, _owner())
     if body.background:
         return JsonReply(await responses.run_in_background(running))
+    if body.stream:
+        return StreamReply(responses.stream(running), running.answer.close)
     try:
-        if not body.stream:
-            whole = await unless_gone(request.scope, responses.run(running))
-            running.answer.close()
-            return JsonReply(whole)
-        events = responses.stream(running)
-        first = await unless_gone(request.scope, next_bytes(events))
+        return JsonReply(await unless_gone(request.scope, responses.run(running)))
     except ClientGone:
-        running.answer.close()
         return NoReply()
-    except BaseException:
+    finally:
         running.answer.close()
-        raise
-    return StreamReply(first, events, running.answer.close)
 
 
 @get("/v1/responses/{response_id:str}")
@@ -42,7 +37,7 @@ async def get_response(request: Request[Any, Any, Any]) -> ASGIApp:
     """A response that was kept."""
     responses: Responses = request.app.state.responses
     response_id = _id(request)
-    stored = await responses.store.get(response_id, _owner(request))
+    stored = await responses.store.get(response_id, _owner())
     if stored is None:
         raise not_found(response_id)
     return JsonReply(stored.response)
@@ -52,7 +47,7 @@ async def get_response(request: Request[Any, Any, Any]) -> ASGIApp:
 async def cancel_response(request: Request[Any, Any, Any]) -> ASGIApp:
     """Stop a response that runs in the background."""
     responses: Responses = request.app.state.responses
-    return JsonReply(await responses.cancel(_id(request), _owner(request)))
+    return JsonReply(await responses.cancel(_id(request), _owner()))
 
 
 @delete("/v1/responses/{response_id:str}", status_code=200)
@@ -60,7 +55,7 @@ async def delete_response(request: Request[Any, Any, Any]) -> ASGIApp:
     """Forget a response; one that runs in the background is stopped."""
     responses: Responses = request.app.state.responses
     response_id = _id(request)
-    await responses.delete(response_id, _owner(request))
+    await responses.delete(response_id, _owner())
     return JsonReply({"id": response_id, "object": "response", "deleted": True})
 
 
@@ -68,7 +63,6 @@ def _id(request: Request[Any, Any, Any]) -> str:
     return str(request.path_params["response_id"])
 
 
-def _owner(request: Request[Any, Any, Any]) -> str:
+def _owner() -> str:
     """Who may see what this request makes: the key's owner; without keys, anybody."""
-    principal = getattr(request.state, "principal", None)
-    return str(getattr(principal, "id", ""))
+    return current_caller.get().principal.id

@@ -131,6 +131,7 @@ class Answer:
         if cause is not None:
             self._outcome = cause
         self._dispatcher.cancel(self._generation)
+        self._generation.at_once = None  # it leads back here: a cycle, which only the collector would find
         usage = self.usage
         self._trace.end(
             prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, error=self._outcome

@@ -53,7 +53,7 @@ _RETRY_S = 0.05
 """A refused request waits so long ..."""
 _REFUSED_S = 0.25
 """... and the pipeline that refused gets nothing for so long: the others come first."""
-_SLICE = 16
+_SLICE = 4
 """Entries of a frame that are worked on in one turn of the event loop: less than half a millisecond."""
 _HAND_BACK_S = 5.0
 """A retiring pipeline without a deadline gets so long to hand its sequences back."""

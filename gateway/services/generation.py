@@ -38,6 +38,7 @@ class Generation:
         self._error: ApiError | None = None
         self._num_open = len(names)
         self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._waits_for_all = False
         self._told_s = 0.0
 
@@ -93,24 +94,24 @@ class Generation:
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
         self._told_s = loop.time()
-        timer: asyncio.TimerHandle | None = None
-
-        def look() -> None:
-            nonlocal timer
-            left_s = self._told_s + silence_s - loop.time()
-            if left_s > 0:
-                timer = loop.call_later(left_s, look)
-            else:
-                self._wake()
-
         if silence_s:
-            timer = loop.call_later(silence_s, look)
+            self._timer = loop.call_later(silence_s, self._look, silence_s)
         try:
             await self._waiter
         finally:
             self._waiter = None
-            if timer is not None:
-                timer.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    def _look(self, silence_s: float) -> None:
+        """Wake the reader if nothing has come for so long."""
+        loop = asyncio.get_running_loop()
+        left_s = self._told_s + silence_s - loop.time()
+        if left_s > 0:
+            self._timer = loop.call_later(left_s, self._look, silence_s)
+        else:
+            self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

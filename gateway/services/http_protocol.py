@@ -7,6 +7,7 @@ Granian was not taken: it has no hook at the start of a shutdown, which draining
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
@@ -25,7 +26,8 @@ class Exchange:
 
     def __init__(self, protocol: BoundedHttp, cycle: RequestResponseCycle) -> None:
         self._protocol = protocol
-        self._cycle = cycle
+        # The cycle holds the scope, which holds this: with a plain reference only the collector would find all of it.
+        self._cycle: RequestResponseCycle = weakref.proxy(cycle)
 
     @staticmethod
     def of(scope: Mapping[str, Any]) -> Exchange:

@@ -2,13 +2,17 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 
 import httpx
 import openai
 import pytest
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from engine.protocol import RejectReason
+from gateway.services.answer import Answer, EventStream
+from gateway.services.generation import Generation
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -43,6 +47,33 @@ async def test_stream_equals_body(stack):
     assert chunks[-1].usage == whole.usage
     assert all(c.usage is None for c in chunks[:-1])
     assert len({c.id for c in chunks}) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answered_request_leaves_nothing_to_the_garbage_collector(stack, stream):
+    """A collection stops all streams for milliseconds, so that requests must go by themselves when they are done."""
+    body = {"model": "tiny-chat", "messages": HELLO, "max_tokens": 4, "stream": stream}
+
+    async def ask():
+        assert (await stack.http.post("/v1/chat/completions", json=body)).status_code == 200
+
+    await ask()
+    gc.collect()
+    num_before = _num_left(Answer, EventStream, Generation, RequestResponseCycle)  # the connection holds its last one
+    gc.disable()
+    try:
+        for _ in range(4):
+            await ask()
+        async with asyncio.timeout(10):
+            while _num_left(Answer, EventStream, Generation, RequestResponseCycle) != num_before:
+                await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
+
+
+def _num_left(*types):
+    kinds = [type(one) for one in gc.get_objects()]
+    return [kinds.count(kind) for kind in types]
 
 
 def test_sync_sdk(sync_stack):
