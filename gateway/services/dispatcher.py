@@ -54,9 +54,11 @@ _RETRY_S = 0.05
 _REFUSED_S = 0.25
 """... and the pipeline that refused gets nothing for so long: the others come first."""
 _SLICE = 4
-"""Entries of a frame that are worked on in one turn of the event loop: about a tenth of a millisecond."""
-_MAX_BACKLOG = 4096
-"""So many turns' work may wait, about half a second; then the NATS client keeps the frames, up to its own bound."""
+"""Entries that are worked on in one turn of the event loop, about a tenth of a millisecond: others come between ..."""
+_NUM_SLICES = 16
+"""... or, if that is more, so great a part of those that wait: a turn has a price, and who is behind must catch up."""
+_MAX_BACKLOG = 16384
+"""So many entries may wait, about half a second's work; then the NATS client keeps the frames, up to its own bound."""
 _HAND_BACK_S = 5.0
 """A retiring pipeline without a deadline gets so long to hand its sequences back."""
 
@@ -95,8 +97,8 @@ class Dispatcher:
             settings.max_queue, settings.queue_timeout_s, settings.no_pipeline_timeout_s, settings.queue_aging_s
         )
         self._choices: dict[str, _Running] = {}
-        self._backlog: deque[tuple[str, list[TokenEntry]]] = deque()
-        """Entries by pipeline, `_SLICE` at a time; `_work_off` will be called as long as there are any."""
+        self._backlog: deque[tuple[str, TokenEntry]] = deque()
+        """Entries, with the pipeline that they come from; while there are any, a call of `_work_off` is due."""
         self._worked_off = asyncio.Event()
         self._pipelines_since_s: float | None = None
         self._draining = False
@@ -227,32 +229,36 @@ class Dispatcher:
     async def on_frame(self, frame: TokenFrame) -> None:
         # Those who wait for their first token come first: it is the one that people notice. The others come a few at a
         # time, so that neither new requests nor the first tokens of the next frame wait for all of this one.
-        self._take_in(frame.pipeline, [entry for entry in frame.entries if entry.index == 0])
-        others = [entry for entry in frame.entries if entry.index > 0]
-        if others and not self._backlog:
-            asyncio.get_running_loop().call_soon(self._work_off)
-        self._backlog.extend((frame.pipeline, others[i : i + _SLICE]) for i in range(0, len(others), _SLICE))
-        self._pump()
-        if len(self._backlog) > _MAX_BACKLOG:
+        now_s, is_idle = self._clock(), not self._backlog
+        for entry in frame.entries:
+            if entry.index == 0:
+                self._take_in(frame.pipeline, entry, now_s)
+            else:
+                self._backlog.append((frame.pipeline, entry))
+        if is_idle:
+            self._work_off()
+        elif len(self._backlog) > _MAX_BACKLOG:
             self._worked_off.clear()
             await self._worked_off.wait()
 
     def _work_off(self) -> None:
-        pipeline, entries = self._backlog.popleft()
-        if self._backlog:
+        """Take in a part of the backlog, and come back for the rest."""
+        backlog, now_s = self._backlog, self._clock()
+        num = min(len(backlog), max(_SLICE, len(backlog) // _NUM_SLICES))
+        entries = [backlog.popleft() for _ in range(num)]
+        if backlog:
             asyncio.get_running_loop().call_soon(self._work_off)
         else:
             self._worked_off.set()
-        self._take_in(pipeline, entries)
-        if not self._backlog:
+        for pipeline, entry in entries:
+            self._take_in(pipeline, entry, now_s)
+        if not backlog:
             self._pump()
 
-    def _take_in(self, pipeline: str, entries: Sequence[TokenEntry]) -> None:
-        choices, now_s = self._choices, self._clock()
-        for entry in entries:
-            running = choices.get(entry.request_id)
-            if running is not None:
-                self._carry_out(running, running.state.handle(EntryArrived(pipeline, entry), now_s))
+    def _take_in(self, pipeline: str, entry: TokenEntry, now_s: float) -> None:
+        running = self._choices.get(entry.request_id)
+        if running is not None:
+            self._carry_out(running, running.state.handle(EntryArrived(pipeline, entry), now_s))
 
     def on_state(self, state: PipelineState) -> None:
         if self.router.plan is None or state.epoch > self.router.plan.epoch:
