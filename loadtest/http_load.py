@@ -114,9 +114,10 @@ class Connection(asyncio.Protocol):
         self._busy = asyncio.get_running_loop().create_future()
         self._head, self._carry, self._num_new, self._left_bytes = b"", b"", 0, -1
         self._has_failed = False
-        self._sent_s = time.perf_counter()
         number = b"%0*d" % (len(COUNTER), next(self._counts.numbers))
-        self._transport.write(self._request.replace(COUNTER.encode(), number))
+        request = self._request.replace(COUNTER.encode(), number)
+        self._sent_s = time.perf_counter()
+        self._transport.write(request)
         await self._busy
 
     def close(self) -> None:
@@ -125,13 +126,14 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def data_received(self, data: bytes) -> None:
+        now_s = time.perf_counter()
         if self._busy is None or self._busy.done():
             return
         if self._left_bytes < 0 and not self._begins(data):
             return
         data = self._head or data
         self._head = b""
-        self._count(data)
+        self._count(data, now_s)
         if self._left_bytes:
             self._left_bytes -= len(data)
             ends = self._left_bytes <= 0
@@ -155,12 +157,12 @@ class Connection(asyncio.Protocol):
             self._counts.fail(self._head[:300].decode("utf-8", "replace"))
         return True
 
-    def _count(self, data: bytes) -> None:
+    def _count(self, data: bytes, now_s: float) -> None:
         num_texts = len(TEXT.findall(self._carry + data))
         if num_texts and not self._num_new and not self._left_bytes:
             name = ID.search(data)
             if name is not None:
-                self._counts.first_text_s[name[1].decode()] = time.perf_counter() - self._sent_s
+                self._counts.first_text_s[name[1].decode()] = now_s - self._sent_s
         self._num_new += num_texts
         self.num_texts += num_texts
         self._counts.num_texts += num_texts

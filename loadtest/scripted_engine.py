@@ -254,6 +254,8 @@ class ScriptedPipeline:
         for gateway, of_gateway in entries.items():
             frame = TokenFrame(pipeline=self._name, epoch=EPOCH, entries=of_gateway)
             await client.publish(subjects.tokens(gateway, self._name), self._frames.encode(frame))
+        if firsts:
+            await asyncio.sleep(0)  # the client writes to its socket in its own task
         now_s = time.time()
         self._engine.delays_s.update({s.request.request_id: now_s - s.arrived_s for s in firsts})
         if self._engine.step_s == 0:
@@ -272,10 +274,11 @@ class ScriptedPipeline:
         )
 
     async def _on_submit(self, message: Msg) -> None:
+        arrived_s = time.time()
         request = self._requests.decode(message.data)
         accepted = len(self._sequences) < self._engine.options.num_slots
         if accepted:
-            sequence = Sequence(request, time.time(), len(request.committed_ids))
+            sequence = Sequence(request, arrived_s, len(request.committed_ids))
             self._sequences[request.request_id] = sequence
             if len(self._sequences) == 1:
                 self._stepping.set()
