@@ -235,9 +235,11 @@ class Dispatcher:
                 self._take_in(frame.pipeline, entry, now_s)
             else:
                 self._backlog.append((frame.pipeline, entry))
-        if is_idle:
-            self._work_off()
-        elif len(self._backlog) > _MAX_BACKLOG:
+        self._pump()
+        if is_idle and self._backlog:
+            # Not at once: the readers of the first tokens have been woken, and go before.
+            asyncio.get_running_loop().call_soon(self._work_off)
+        if len(self._backlog) > _MAX_BACKLOG:
             self._worked_off.clear()
             await self._worked_off.wait()
 
