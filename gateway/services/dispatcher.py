@@ -259,8 +259,13 @@ class Dispatcher:
 
     def _take_in(self, pipeline: str, entry: TokenEntry, now_s: float) -> None:
         running = self._choices.get(entry.request_id)
-        if running is not None:
+        if running is None:
+            return
+        try:
             self._carry_out(running, running.state.handle(EntryArrived(pipeline, entry), now_s))
+        except Exception:  # noqa: BLE001 # a fault in one request must not stop the others' tokens
+            _log.exception("request %s failed", entry.request_id)
+            self._fail(running, server_error())
 
     def on_state(self, state: PipelineState) -> None:
         if self.router.plan is None or state.epoch > self.router.plan.epoch:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from engine.protocol import FinishReason, PipelineState, SamplingParams, SubmitReply, TokenEntry, TokenFrame
+from gateway.core.request_state import ChoiceState, Effect, EntryArrived, Event
+from gateway.errors import ApiError
 from gateway.services.dispatcher import _MAX_BACKLOG, ChoiceSpec, Dispatcher
 from gateway.services.generation import Generation
 from gateway.settings import Settings
@@ -130,3 +132,25 @@ async def test_frames_beyond_what_may_wait_are_not_taken_and_nothing_is_lost(dis
         await bringing
     assert ids == [[index] for index in range(num_tokens)]
     assert dispatcher.idle
+
+
+async def test_a_fault_in_one_request_ends_that_request_alone(
+    dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = begin(dispatcher, "bad"), begin(dispatcher, "good")
+    handle = ChoiceState.handle
+
+    def faulty(state: ChoiceState, event: Event, now_s: float) -> list[Effect]:
+        if state.request_id == "bad" and isinstance(event, EntryArrived):
+            raise AssertionError("as if the core were wrong")
+        return handle(state, event, now_s)
+
+    monkeypatch.setattr(ChoiceState, "handle", faulty)
+    await dispatcher.on_frame(frame(entry("bad", 0), entry("good", 0), entry("good", 1)))
+    with pytest.raises(ApiError) as failure:
+        await bad.next()
+    assert failure.value.status == 500
+    async with asyncio.timeout(10):
+        ids = [delivery.ids for delivery in await good.next()]
+        ids += [delivery.ids for delivery in await good.next()]
+    assert ids == [[0], [1]]
