@@ -12,7 +12,7 @@ from gateway.core.messages import prompts_of
 from gateway.core.tools.definitions import tool_use
 from gateway.errors import bad_request
 from gateway.openai import ChatBody, CompletionBody, GenerationBody, parse
-from gateway.routes.replies import ClientGone, JsonReply, NoReply, StreamReply, json_body, unless_gone
+from gateway.routes.replies import StreamReply, json_body, whole_reply
 from gateway.services.answer import Answer
 from gateway.services.front import CHAT, COMPLETION, Front, Prompt
 
@@ -56,12 +56,7 @@ async def _reply(request: Request[Any, Any, Any], front: Front, body: Generation
             keep_alive_s=front.settings.keep_alive_s,
         )
         return StreamReply(events, answer.close)
-    try:
-        return JsonReply(await unless_gone(request.scope, answer.body()))
-    except ClientGone:
-        return NoReply()
-    finally:
-        answer.close()
+    return await whole_reply(request.scope, answer.body(), answer.close)
 
 
 async def _maybe_in_thread(data: bytes, work: Any, *args: Any) -> Any:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 from litestar import Request
@@ -16,8 +16,6 @@ from litestar.types import Receive, Scope, Send
 from gateway.errors import ApiError, bad_request
 from gateway.services.answer import EventStream
 from gateway.services.http_protocol import Exchange
-
-_T = TypeVar("_T")
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -68,13 +66,6 @@ class JsonReply(BytesReply):
 
     def __init__(self, payload: object, status: int = HTTPStatus.OK, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(orjson.dumps(payload), "application/json", status, headers)
-
-
-class NoReply:
-    """For a client that has gone: the server drops it."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await JsonReply({}, 499)(scope, receive, send)
 
 
 class ClientWatch:
@@ -191,13 +182,16 @@ class _Stall:
         self._timer = asyncio.get_running_loop().call_later(self._timeout_s / 10, self._look)
 
 
-async def unless_gone(scope: Scope, work: Coroutine[Any, Any, _T]) -> _T:
-    """The result of `work`; raises ClientGone, and stops it, if the client disconnects before."""
+async def whole_reply(scope: Scope, work: Coroutine[Any, Any, object], close: Callable[[], None]) -> JsonReply:
+    """The result of `work` in JSON; `close` is called however it ends, also when the client goes away."""
     try:
         async with ClientWatch(scope):
-            return await work
+            return JsonReply(await work)
+    except ClientGone:
+        return JsonReply({}, 499)  # to nobody: the server drops it
     finally:
         work.close()
+        close()
 
 
 async def json_body(request: Request[Any, Any, Any]) -> bytes:

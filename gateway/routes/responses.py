@@ -9,7 +9,7 @@ from litestar.types import ASGIApp
 
 from gateway.core.responses import ResponseBody
 from gateway.openai import decode
-from gateway.routes.replies import ClientGone, JsonReply, NoReply, StreamReply, json_body, unless_gone
+from gateway.routes.replies import JsonReply, StreamReply, json_body, whole_reply
 from gateway.services.caller import current_caller
 from gateway.services.responses import Responses, not_found
 
@@ -24,12 +24,7 @@ async def create_response(request: Request[Any, Any, Any]) -> ASGIApp:
         return JsonReply(await responses.run_in_background(running))
     if body.stream:
         return StreamReply(responses.stream(running), running.answer.close)
-    try:
-        return JsonReply(await unless_gone(request.scope, responses.run(running)))
-    except ClientGone:
-        return NoReply()
-    finally:
-        running.answer.close()
+    return await whole_reply(request.scope, responses.run(running), running.answer.close)
 
 
 @get("/v1/responses/{response_id:str}")

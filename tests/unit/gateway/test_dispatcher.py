@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from engine.protocol import FinishReason, PipelineState, SamplingParams, SubmitReply, TokenEntry, TokenFrame
+from engine.protocol import FinishReason, SamplingParams, SubmitReply, TokenEntry, TokenFrame
 from gateway.core.request_state import ChoiceState, Effect, EntryArrived, Event
 from gateway.errors import ApiError
 from gateway.services.dispatcher import _MAX_BACKLOG, ChoiceSpec, Dispatcher
 from gateway.services.generation import Generation
 from gateway.settings import Settings
 from gateway.telemetry import RequestTrace, no_tracer
-from planner.protocol import Explanation, ModelShape, Pipeline, Plan, Shard, Stage
+from tests.unit.gateway.plans import pipeline, plan, state
 
 
 class Bus:
@@ -33,49 +33,8 @@ class Bus:
 def dispatcher() -> Dispatcher:
     """With one pipeline, `p0`."""
     made = Dispatcher(Settings(model_dir="m", model="m", gateway_id="gw"), Bus(), lambda: 100.0)  # type: ignore[arg-type]
-    model = ModelShape(
-        name="m",
-        num_layers=1,
-        num_head_groups=1,
-        decoder_unit_bytes=1,
-        embedding_unit_bytes=1,
-        head_unit_bytes=1,
-        kv_unit_bytes_per_token=1,
-        kv_block_tokens=16,
-        max_model_len=100,
-        hidden_bytes_per_token=1,
-        tied_embeddings=True,
-    )
-    shard = Shard(rank="p0-0", instance="p0", first_group=0, last_group=0)
-    pipeline = Pipeline(
-        id="p0", stages=[Stage(first_layer=0, last_layer=0, shards=[shard])], max_batch=100_000, num_kv_blocks=9
-    )
-    explanation = Explanation(
-        cause="", cause_at_s=0, decided_at_s=0, arrivals_per_s=0, num_ranks=1, chosen=None, alternatives=[]
-    )
-    plan = Plan(
-        epoch=1,
-        model=model,
-        pipelines=[pipeline],
-        retiring=[],
-        transfers={},
-        addresses={},
-        explanation=explanation,
-        next_pipeline_number=1,
-    )
-    state = PipelineState(
-        pipeline="p0",
-        epoch=1,
-        ready=True,
-        draining=False,
-        running=0,
-        waiting=0,
-        free_slots=100_000,
-        total_kv_blocks=9,
-        free_kv_blocks=9,
-    )
-    made.on_plan(plan)
-    made.on_state(state)
+    made.on_plan(plan(1, [pipeline("p0")]))
+    made.on_state(state("p0", free=100_000))
     return made
 
 
